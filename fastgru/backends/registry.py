@@ -1,0 +1,170 @@
+"""Which backend runs: one asked for by name runs or raises; only ``auto`` chooses, and says once why it fell back."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+AUTO = "auto"
+
+
+class BackendUnavailable(RuntimeError):  # noqa: N818 (a public name that reads as what it says)
+    """The backend asked for cannot run here. The message holds the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operators ``fastgru::<name>_gru_{infer,train,backward}``.
+
+    Args:
+        name: prefix of its operators, and the name users ask for.
+        devices: device types it runs on; ``"*"`` stands for all.
+        priority: ``auto`` takes the highest that supports the problem.
+        available: None, or why it cannot run in this process and the remedy.
+        supports: None, or why it does not take tensors of this device type and dtype.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    priority: int
+    available: Callable[[], str | None]
+    supports: Callable[[str, torch.dtype], str | None]
+
+    def why_not(self, device: str, dtype: torch.dtype) -> str | None:
+        """None when this backend can run the problem, else the reason."""
+        if "*" not in self.devices and device not in self.devices:
+            return f"it runs on {', '.join(self.devices)}, not on {device}"
+        return self.available() or self.supports(device, dtype)
+
+
+_backends: dict[str, Backend] = {}
+_chosen: dict[tuple[str, torch.dtype], Backend] = {}
+_warned: set[str] = set()
+# None until use_backend() is called: the environment variable decides then.
+_requested: str | None = None
+
+
+def register(backend: Backend) -> None:
+    """Add a backend. A second one of the same name replaces the first."""
+    _backends[backend.name] = backend
+    _chosen.clear()
+
+
+def backends() -> list[Backend]:
+    """Every known backend, best first."""
+    return sorted(_backends.values(), key=lambda backend: -backend.priority)
+
+
+def requested() -> str:
+    """The name asked for by :class:`use_backend` or ``FASTGRU_BACKEND``; ``"auto"`` by default.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    if _requested is not None:
+        return _requested
+    name = os.environ.get("FASTGRU_BACKEND") or AUTO
+    _check_name(name, "FASTGRU_BACKEND: ")
+    return name
+
+
+def _check_name(name: str, prefix: str = "") -> None:
+    if name != AUTO and name not in _backends:
+        known = ", ".join([AUTO, *sorted(_backends)])
+        raise ValueError(f"{prefix}unknown backend {name!r}; known backends: {known}")
+
+
+class use_backend:
+    """Choose the backend for the whole process: ``use_backend("cpu")``.
+
+    Called plainly it holds until the next call. As a context manager it also restores the previous choice at the end of
+    the block. ``"auto"`` gives the choice back to fastgru. A graph built under one backend runs its backward on that
+    same backend, whatever is chosen later.
+
+    Raises:
+        ValueError: the name is not known.
+        BackendUnavailable: the backend cannot run in this process.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _requested
+        _check_name(name)
+        reason = _backends[name].available() if name != AUTO else None
+        if reason is not None:
+            raise BackendUnavailable(f"backend {name!r} cannot run: {reason}")
+        self._previous = _requested
+        _requested = name
+        _chosen.clear()
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        global _requested
+        _requested = self._previous
+        _chosen.clear()
+
+
+def select(device: torch.device | str, dtype: torch.dtype) -> Backend:
+    """The backend that runs tensors of this device and dtype.
+
+    Raises:
+        BackendUnavailable: the backend asked for cannot run this, or no backend can.
+        ValueError: ``FASTGRU_BACKEND`` holds an unknown name.
+    """
+    device_type = device.type if isinstance(device, torch.device) else torch.device(device).type
+    backend = _chosen.get((device_type, dtype))
+    if backend is None:
+        backend = _chosen[device_type, dtype] = _select(device_type, dtype)
+    return backend
+
+
+def _select(device: str, dtype: torch.dtype) -> Backend:
+    name = requested()
+    if name != AUTO:
+        reason = _backends[name].why_not(device, dtype)
+        if reason is not None:
+            raise BackendUnavailable(f"backend {name!r} cannot run {dtype} on {device}: {reason}")
+        return _backends[name]
+    reasons = {backend.name: backend.why_not(device, dtype) for backend in backends()}
+    usable = [backend for backend in backends() if reasons[backend.name] is None]
+    if not usable:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise BackendUnavailable(f"no backend can run {dtype} on {device} ({listed})")
+    # Backends made for other devices are not a loss worth a warning; those made for this one are.
+    passed_over = [b for b in backends() if b.priority > usable[0].priority and device in b.devices]
+    if passed_over:
+        listed = "; ".join(f"{backend.name}: {reasons[backend.name]}" for backend in passed_over)
+        message = f"fastgru runs {dtype} on {device} with the backend {usable[0].name!r}, because {listed}"
+        if message not in _warned:
+            _warned.add(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return usable[0]
+
+
+def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """Say in words which backend runs tensors of this device and dtype, and why each of the others does not.
+
+    Raises:
+        ValueError: ``FASTGRU_BACKEND`` holds an unknown name.
+    """
+    device_type = torch.device(device).type
+    name = requested()
+    lines = [f"{dtype} on {device_type}, backend asked for: {name}"]
+    taken = False
+    for backend in backends():
+        reason = backend.why_not(device_type, dtype)
+        if reason is None and name not in (AUTO, backend.name):
+            reason = f"{name!r} was asked for"
+        if reason is None and taken:
+            reason = "a faster one is chosen"
+        taken = taken or reason is None
+        lines.append(f"  {backend.name}: {'chosen' if reason is None else 'not used: ' + reason}")
+    return "\n".join(lines)

@@ -1,0 +1,6 @@
+"""Modules. They hold parameters and check arguments; the maths is in the operators."""
+
+from fastgru.nn.gru import GRU, GRUCell
+from fastgru.nn.seq2seq import Decoder, Encoder, ReferenceDecoder, ReferenceEncoder
+
+__all__ = ["GRU", "Decoder", "Encoder", "GRUCell", "ReferenceDecoder", "ReferenceEncoder"]

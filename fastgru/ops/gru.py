@@ -1,0 +1,172 @@
+"""The functions behind the modules: a stack of GRU layers, and one GRU step, on the backend the registry picks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
+
+from fastgru.backends import registry
+from fastgru.ops.schema import GRU_OPS
+
+# The names ATen prints, which nn.GRU's messages contain.
+_ATEN_NAMES = {
+    torch.float32: "Float",
+    torch.float64: "Double",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+    torch.int64: "Long",
+    torch.int32: "Int",
+    torch.int16: "Short",
+    torch.int8: "Char",
+    torch.uint8: "Byte",
+    torch.bool: "Bool",
+    torch.complex64: "ComplexFloat",
+    torch.complex128: "ComplexDouble",
+}
+
+
+def gru(
+    input: Tensor,
+    hx: Tensor,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None = None,
+    save_gates: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """A stack of GRU layers, as nn.GRU computes it.
+
+    Args:
+        input: [T, B, I], [B, T, I] with ``batch_first``, or packed [N, I] with ``batch_sizes``. Any strides.
+        hx: [num_layers * D, B, H], D = 2 when ``bidirectional``.
+        weights: nn.GRU's, flat: for each layer and direction w_ih, w_hh and, with ``has_biases``, b_ih, b_hh.
+        dropout: probability of zeroing an element between layers when ``train`` is set.
+        batch_sizes: int64 [T] on the CPU, as in a PackedSequence.
+        save_gates: keep the gates for the backward pass. Otherwise it recomputes them, for less memory.
+
+    Returns:
+        output [T, B, D*H] ([B, T, D*H], packed [N, D*H]) and h_n [num_layers * D, B, H].
+
+    Raises:
+        RuntimeError: zero-length sequence; tensors of different dtypes or devices.
+        BackendUnavailable: the backend asked for cannot run this.
+        NotImplementedError: forward-mode differentiation.
+    """
+    _check_alike(input, hx, weights)
+    result_dtype = None
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
+        input, hx, weights, result_dtype = _autocast(input, hx, weights)
+    if batch_sizes is None:
+        if batch_first:
+            input = input.transpose(0, 1)
+        if input.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    ops = GRU_OPS[registry.select(input.device, input.dtype).name]
+    directions = 2 if bidirectional else 1
+    kinds = 4 if has_biases else 2
+    grad_mode = torch.is_grad_enabled()
+    # What sits above the kernels when no gradient is recorded is Python, and costs more than a step of a small GRU.
+    # functorch needs it, and the compiler traces it.
+    direct = not grad_mode and not torch.compiler.is_compiling() and maybe_current_level() is None
+    if forward_ad._current_level >= 0:
+        _reject_tangents(input, hx, weights)
+
+    states = []
+    x = input
+    for layer in range(num_layers):
+        first = layer * directions * kinds
+        layer_hx = hx if num_layers == 1 else hx[layer * directions : (layer + 1) * directions]
+        arguments: list[Tensor | None] = [x, layer_hx]
+        for direction in (0, 1):
+            group = (
+                weights[first + direction * kinds : first + (direction + 1) * kinds] if direction < directions else ()
+            )
+            arguments += [*group, *(None,) * (4 - len(group))]
+        arguments.append(batch_sizes)
+        if direct:
+            with torch._C._AutoDispatchBelowAutograd():
+                x, h_n = ops.infer(*arguments)
+        elif grad_mode and save_gates and torch._C._any_requires_grad(*arguments):
+            x, h_n, _ = ops.train(*arguments)
+        else:
+            x, h_n = ops.infer(*arguments)
+        states.append(h_n)
+        if dropout > 0 and train and layer + 1 < num_layers:
+            x = F.dropout(x, dropout, True)
+    h_n = states[0] if num_layers == 1 else torch.cat(states)
+    if batch_first and batch_sizes is None:
+        x = x.transpose(0, 1)
+    if result_dtype is not None:
+        x, h_n = x.to(result_dtype), h_n.to(result_dtype)
+    return x, h_n
+
+
+def gru_cell(input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
+    """One GRU step: the state after ``hx`` [B, H] has seen ``input`` [B, I].
+
+    Raises:
+        RuntimeError: sizes that do not fit each other or the weights; different dtypes or devices.
+        BackendUnavailable: the backend asked for cannot run this.
+    """
+    if input.size(1) != w_ih.size(1):
+        raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {w_ih.size(1)}")
+    if input.size(0) != hx.size(0):
+        raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden0 batch size {hx.size(0)}")
+    if hx.size(1) != w_hh.size(1):
+        raise RuntimeError(f"hidden0 has inconsistent hidden_size: got {hx.size(1)}, expected {w_hh.size(1)}")
+    weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
+    _, h_n = gru(input.unsqueeze(0), hx.unsqueeze(0), weights, len(weights) == 4, 1, 0.0, False, False, False)
+    return h_n.squeeze(0)
+
+
+def _check_alike(input: Tensor, hx: Tensor, weights: Sequence[Tensor]) -> None:
+    """nn.GRU leaves these checks to its kernels, and so raises their messages."""
+    device, dtype = input.device, input.dtype
+    if hx.device != device:
+        raise RuntimeError(_device_message(input, hx, "hidden"))
+    for weight in weights:
+        if weight.device != device:
+            raise RuntimeError(_device_message(input, weight, "parameter"))
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type):
+        return
+    if hx.dtype is not dtype:
+        raise RuntimeError(_dtype_message(hx, weights[0], "mat1"))
+    for weight in weights:
+        if weight.dtype is not dtype:
+            raise RuntimeError(_dtype_message(input, weight, "self"))
+
+
+def _device_message(input: Tensor, other: Tensor, kind: str) -> str:
+    return (
+        f"Input and {kind} tensors are not at the same device, found input tensor at {input.device} "
+        f"and {kind} tensor at {other.device}"
+    )
+
+
+def _dtype_message(left: Tensor, right: Tensor, name: str) -> str:
+    left_name, right_name = (_ATEN_NAMES.get(t.dtype, str(t.dtype)) for t in (left, right))
+    return f"{name} and mat2 must have the same dtype, but got {left_name} and {right_name}"
+
+
+def _autocast(
+    input: Tensor, hx: Tensor, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Sequence[Tensor], torch.dtype]:
+    """Casts as nn.GRU does under autocast. On the CPU that casts only its products: the state's type is the result's."""
+    device = input.device.type
+    dtype = torch.get_autocast_dtype(device)
+    result = torch.promote_types(hx.dtype, dtype) if device == "cpu" else dtype
+    return input.to(dtype), hx.to(dtype), [weight.to(dtype) for weight in weights], result
+
+
+def _reject_tangents(input: Tensor, hx: Tensor, weights: Sequence[Tensor]) -> None:
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in (input, hx, *weights)):
+        raise NotImplementedError("fastgru's GRU has no forward-mode derivative; use reverse mode")

@@ -1,0 +1,193 @@
+"""Every operator of the namespace ``fastgru``: schema, fake kernel and autograd, each defined once.
+
+One operator is one GRU layer, in one or both directions (D = 2 iff ``w_ih_reverse`` is given). Shapes: input [T, B, I],
+or packed [N, I] with ``batch_sizes`` (int64 on the CPU, [T], never growing); hx and h_n [D, B, H]; output [T, B, D*H]
+or [N, D*H]; weights as nn.GRU stores them. ``gates`` [D, N, 4*ceil16(H)] is opaque to all but the backend that made it.
+
+The C++ library implements the ``cpu_*`` operators; they exist, and can be traced, without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgru.backends import reference
+
+LIBRARY = torch.library.Library("fastgru", "DEF")
+
+_LAYER = (
+    "Tensor input, Tensor hx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+    "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, Tensor? batch_sizes"
+)
+
+
+class GruOps(NamedTuple):
+    """The operators of one backend, as overloads: the cheapest thing to call."""
+
+    infer: torch._ops.OpOverload
+    train: torch._ops.OpOverload
+    backward: torch._ops.OpOverload
+
+
+def _fake_infer(input: Tensor, hx: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    directions, _, hidden = hx.shape
+    return input.new_empty(*input.shape[:-1], directions * hidden), input.new_empty(hx.shape)
+
+
+def _fake_train(input: Tensor, hx: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    output, h_n = _fake_infer(input, hx)
+    rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
+    return output, h_n, input.new_empty(hx.shape[0], rows, 4 * reference.gate_stride(hx.shape[2]))
+
+
+def _fake_backward(
+    grad_output: Tensor | None, grad_h_n: Tensor | None, input: Tensor, hx: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    need_input_grad, need_weight_grad = rest[-2:]
+    directions, _, hidden = hx.shape
+    grad_input = input.new_empty(input.shape) if need_input_grad else input.new_empty(0)
+    grad_hx = input.new_empty(hx.shape)
+    if not need_weight_grad:
+        return grad_input, grad_hx, *(input.new_empty(0) for _ in range(4))
+    width = 3 * hidden
+    shapes = [
+        (directions, width, input.shape[-1]),
+        (directions, width, hidden),
+        (directions, width),
+        (directions, width),
+    ]
+    return grad_input, grad_hx, *(input.new_empty(shape) for shape in shapes)
+
+
+def _save_train(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*inputs, output[0], output[2])
+
+
+def _save_infer(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    # Neither the flags, nor output and gates: nothing is differentiated through those, see _double_backward.
+    ctx.save_for_backward(*inputs[:-4])
+
+
+def _run_backward(
+    ops: GruOps,
+    ctx: Any,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    inputs: tuple[Tensor, ...],
+    output: Tensor,
+    gates: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Calls the backward operator and lays its results out as the gradients of the forward operator's arguments."""
+    need = ctx.needs_input_grad
+    grad_input, grad_hx, *grad_weights = ops.backward(
+        grad_output, grad_h_n, *inputs, output, gates, need[0], any(need[2:10])
+    )
+    grads = [grad_input if need[0] else None, grad_hx if need[1] else None]
+    for position in range(8):
+        direction, kind = divmod(position, 4)
+        grads.append(grad_weights[kind][direction] if need[2 + position] else None)
+    return *grads, None
+
+
+def _train_backward(ops: GruOps) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        *inputs, output, gates = ctx.saved_tensors
+        return _run_backward(ops, ctx, grad_output, grad_h_n, tuple(inputs), output, gates)
+
+    return backward
+
+
+def _infer_backward(ops: GruOps) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        with torch.no_grad():
+            output, _, gates = ops.train(*inputs)
+        return _run_backward(ops, ctx, grad_output, grad_h_n, inputs, output, gates)
+
+    return backward
+
+
+def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradient of the backward operator, total in grad_output, grad_h_n, input, hx and the weights.
+
+    It differentiates the composite twice, so nothing has to flow through the saved output and gates.
+    """
+    *tensors, batch_sizes = ctx.saved_tensors
+    keep_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # An alias for what is already in a graph, so that a third derivative can be taken.
+        leaves: list[Any] = [
+            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors
+        ]
+        grad_output, grad_h_n, *inputs = leaves
+        outputs = reference.gru_differentiable(*inputs, batch_sizes)
+        seeds = [pair for pair in zip(outputs, (grad_output, grad_h_n), strict=True) if pair[1] is not None]
+        first = _grad([out for out, _ in seeds], inputs, [seed for _, seed in seeds], create_graph=True)
+        # From the backward operator's results, which have a direction axis, to the forward operator's arguments.
+        grad_grad_input, grad_grad_hx, *rest = grad_grads
+        second = [grad_grad_input, grad_grad_hx]
+        second += [None if gg is None else gg[direction] for direction in range(inputs[1].size(0)) for gg in rest]
+        second += [None] * (len(inputs) - len(second))
+        pairs = [(g, gg) for g, gg in zip(first, second, strict=True) if g is not None and gg is not None]
+        wanted = [leaf if need else None for leaf, need in zip(leaves, ctx.needs_input_grad, strict=False)]
+        grads = _grad([g for g, _ in pairs], wanted, [gg for _, gg in pairs], create_graph=keep_graph)
+    return *grads, None, None, None, None, None
+
+
+def _grad(
+    outputs: list[Tensor], inputs: list[Tensor | None], seeds: list[Tensor], create_graph: bool
+) -> list[Tensor | None]:
+    """torch.autograd.grad that leaves None where an input is None or not used."""
+    present = [t for t in inputs if t is not None]
+    if not outputs or not present:
+        return [None] * len(inputs)
+    grads = iter(torch.autograd.grad(outputs, present, seeds, create_graph=create_graph, allow_unused=True))
+    return [None if t is None else next(grads) for t in inputs]
+
+
+def _define(backend: str) -> GruOps:
+    infer, train, backward = (f"{backend}_gru_{kind}" for kind in ("infer", "train", "backward"))
+    LIBRARY.define(f"{infer}({_LAYER}) -> (Tensor output, Tensor h_n)", tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.define(f"{train}({_LAYER}) -> (Tensor output, Tensor h_n, Tensor gates)", tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.define(
+        f"{backward}(Tensor? grad_output, Tensor? grad_h_n, {_LAYER}, Tensor output, Tensor gates, "
+        "bool need_input_grad, bool need_weight_grad) -> (Tensor grad_input, Tensor grad_hx, Tensor grad_w_ih, "
+        "Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh)",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    namespace = torch.ops.fastgru
+    ops = GruOps(*(getattr(namespace, name).default for name in (infer, train, backward)))
+    fakes: tuple[Callable[..., Any], ...] = (_fake_infer, _fake_train, _fake_backward)
+    for op, fake in zip(ops, fakes, strict=True):
+        torch.library.register_fake(op, fake, lib=LIBRARY)
+    for op, save, differentiate in (
+        (ops.infer, _save_infer, _infer_backward(ops)),
+        (ops.train, _save_train, _train_backward(ops)),
+        (ops.backward, _save_backward, _double_backward),
+    ):
+        torch.library.register_autograd(op, differentiate, setup_context=save, lib=LIBRARY)
+    return ops
+
+
+GRU_OPS = {name: _define(name) for name in ("reference", "cpu")}
+
+for _op, _kernel in zip(
+    GRU_OPS["reference"], (reference.gru_differentiable, reference.gru_train, reference.gru_backward), strict=True
+):
+    LIBRARY.impl(_op, _kernel, "CompositeExplicitAutograd")
+
+LIBRARY.define("cpu_isa() -> str")
+LIBRARY.define("cpu_isas() -> str")
+LIBRARY.define("cpu_set_isa(str name) -> ()")
