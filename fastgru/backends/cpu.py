@@ -1,9 +1,9 @@
-"""The C++ CPU backend. Its operators are implemented in the compiled library; here are only its terms of use."""
+"""The C++ CPU backend. Its operators are implemented in the compiled library; here are only its terms of use.
+
+``FASTGRU_CPU_ISA`` forces an instruction set; the library reads it, and its first call raises if it cannot be had.
+"""
 
 from __future__ import annotations
-
-import functools
-import os
 
 import torch
 
@@ -13,17 +13,8 @@ from fastgru.backends import registry
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@functools.cache
 def _available() -> str | None:
-    if _lib.load_error is not None:
-        return _lib.load_error
-    forced = os.environ.get("FASTGRU_CPU_ISA")
-    if forced:
-        usable = torch.ops.fastgru.cpu_isas().split(",")
-        if forced not in usable:
-            raise ValueError(f"FASTGRU_CPU_ISA: {forced!r} does not run on this machine; usable: {', '.join(usable)}")
-        torch.ops.fastgru.cpu_set_isa(forced)
-    return None
+    return _lib.load_error
 
 
 def _supports(device: str, dtype: torch.dtype) -> str | None:

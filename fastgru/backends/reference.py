@@ -89,7 +89,7 @@ def _forward(
         states.append(h)
         gates.append(tuple(saved))
     output = torch.cat(outputs, dim=1).to(input.dtype)
-    return output.view(*input.shape[:-1], output.size(1)), torch.stack(states).to(input.dtype), gates
+    return output.reshape(*input.shape[:-1], output.size(1)), torch.stack(states).to(input.dtype), gates
 
 
 def gru_differentiable(input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:

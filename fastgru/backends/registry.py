@@ -120,13 +120,21 @@ def select(device: torch.device | str, dtype: torch.dtype) -> Backend:
         ValueError: ``FASTGRU_BACKEND`` holds an unknown name.
     """
     device_type = device.type if isinstance(device, torch.device) else torch.device(device).type
+    if torch.compiler.is_compiling():
+        return _backends[_constant_choice(device_type, dtype, _requested)]
     backend = _chosen.get((device_type, dtype))
     if backend is None:
-        backend = _chosen[device_type, dtype] = _select(device_type, dtype)
+        backend = _chosen[device_type, dtype] = _choose(device_type, dtype)
     return backend
 
 
-def _select(device: str, dtype: torch.dtype) -> Backend:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_choice(device: str, dtype: torch.dtype, guarded: str | None) -> str:
+    """The choice as a constant of a compiled graph, which is compiled anew when ``guarded`` changes."""
+    return _choose(device, dtype).name
+
+
+def _choose(device: str, dtype: torch.dtype) -> Backend:
     name = requested()
     if name != AUTO:
         reason = _backends[name].why_not(device, dtype)

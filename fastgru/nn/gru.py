@@ -49,11 +49,11 @@ class GRU(nn.RNNBase):
         """The current weights, which may have been replaced, parametrized or swapped by functional_call."""
         parameters = self._parameters
         try:
-            return [parameters[name] for name in self._flat_weights_names]
+            return [parameters[name] for name in self._flat_weights_names]  # type: ignore[misc]
         except KeyError:
             return [getattr(self, name) for name in self._flat_weights_names]
 
-    @overload  # type: ignore[override]
+    @overload
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
     @overload
@@ -84,7 +84,9 @@ class GRU(nn.RNNBase):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
-        output, h_n = self._run(data, hx, int(batch_sizes[0]), batch_sizes)
+        # A compiler cannot compare hx with a number that it does not know; the operator does it at run time.
+        batch = hx.size(1) if hx is not None and torch.compiler.is_compiling() else int(batch_sizes[0])
+        output, h_n = self._run(data, hx, batch, batch_sizes)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(h_n, unsorted_indices)
 

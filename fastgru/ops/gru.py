@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
 from fastgru.backends import registry
+from fastgru.backends.reference import gru_differentiable
 from fastgru.ops.schema import GRU_OPS
 
 # The names ATen prints, which nn.GRU's messages contain.
@@ -59,7 +61,9 @@ def gru(
     Raises:
         RuntimeError: zero-length sequence; tensors of different dtypes or devices.
         BackendUnavailable: the backend asked for cannot run this.
-        NotImplementedError: forward-mode differentiation.
+
+    torch.func's transforms and forward-mode differentiation go, like double backward, through the reference backend's
+    differentiable composite, whichever backend is chosen.
     """
     _check_alike(input, hx, weights)
     result_dtype = None
@@ -74,28 +78,29 @@ def gru(
     directions = 2 if bidirectional else 1
     kinds = 4 if has_biases else 2
     grad_mode = torch.is_grad_enabled()
-    # What sits above the kernels when no gradient is recorded is Python, and costs more than a step of a small GRU.
-    # functorch needs it, and the compiler traces it.
-    direct = not grad_mode and not torch.compiler.is_compiling() and maybe_current_level() is None
-    if forward_ad._current_level >= 0:
-        _reject_tangents(input, hx, weights)
+    transformed = maybe_current_level() is not None or forward_ad._current_level >= 0
+    # With no gradient to record, the dispatcher's way through Python costs more than a step of a small GRU. The
+    # compiler cannot trace the shortcut.
+    direct = not grad_mode and not torch.compiler.is_compiling()
 
     states = []
     x = input
     for layer in range(num_layers):
         first = layer * directions * kinds
         layer_hx = hx if num_layers == 1 else hx[layer * directions : (layer + 1) * directions]
-        arguments: list[Tensor | None] = [x, layer_hx]
+        arguments: list[Any] = [x, layer_hx]
         for direction in (0, 1):
             group = (
                 weights[first + direction * kinds : first + (direction + 1) * kinds] if direction < directions else ()
             )
             arguments += [*group, *(None,) * (4 - len(group))]
         arguments.append(batch_sizes)
-        if direct:
+        if transformed:
+            x, h_n = gru_differentiable(*arguments)
+        elif direct:
             with torch._C._AutoDispatchBelowAutograd():
                 x, h_n = ops.infer(*arguments)
-        elif grad_mode and save_gates and torch._C._any_requires_grad(*arguments):
+        elif grad_mode and save_gates and any(t is not None and t.requires_grad for t in arguments):
             x, h_n, _ = ops.train(*arguments)
         else:
             x, h_n = ops.infer(*arguments)
@@ -160,13 +165,8 @@ def _dtype_message(left: Tensor, right: Tensor, name: str) -> str:
 def _autocast(
     input: Tensor, hx: Tensor, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Sequence[Tensor], torch.dtype]:
-    """Casts as nn.GRU does under autocast. On the CPU that casts only its products: the state's type is the result's."""
+    """Casts as nn.GRU does under autocast. On the CPU that casts only products: the state gives the result's type."""
     device = input.device.type
     dtype = torch.get_autocast_dtype(device)
     result = torch.promote_types(hx.dtype, dtype) if device == "cpu" else dtype
     return input.to(dtype), hx.to(dtype), [weight.to(dtype) for weight in weights], result
-
-
-def _reject_tangents(input: Tensor, hx: Tensor, weights: Sequence[Tensor]) -> None:
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in (input, hx, *weights)):
-        raise NotImplementedError("fastgru's GRU has no forward-mode derivative; use reverse mode")

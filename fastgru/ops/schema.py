@@ -191,3 +191,4 @@ for _op, _kernel in zip(
 LIBRARY.define("cpu_isa() -> str")
 LIBRARY.define("cpu_isas() -> str")
 LIBRARY.define("cpu_set_isa(str name) -> ()")
+LIBRARY.define("cpu_set_poison(bool on) -> ()")
