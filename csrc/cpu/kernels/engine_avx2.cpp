@@ -1,0 +1,23 @@
+// The engine for AVX2 with FMA and F16C.
+#include "gru_kernels.h"
+#include "team.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define FASTGRU_ISA avx2
+#define FASTGRU_VECTOR_BYTES 32
+#include "engine.inc"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+const fastgru::Engine* fastgru::engine_avx2() { return &avx2::engine; }
+#else
+const fastgru::Engine* fastgru::engine_avx2() { return nullptr; }
+#endif

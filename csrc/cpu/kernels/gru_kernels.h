@@ -1,0 +1,108 @@
+// The torch-free interface of the CPU engine: plain structs and one table of functions per instruction set.
+//
+// Equations (torch.nn.GRU; the reset gate acts after the recurrent product):
+//   r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)       z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
+//   q = W_hn h + b_hn        n = tanh(W_in x + b_in + r * q)        h' = n + z * (h - n)
+// Backward, with dh = dL/dh' and carried from the step after:
+//   da_n = dh (1 - z) (1 - n^2)      da_z = dh (h - n) z (1 - z)      da_q = da_n r      da_r = da_n q r (1 - r)
+//   dL/dh = dh z + [da_r da_z da_q] W_hh          dL/dx = [da_r da_z da_n] W_ih
+//   dW_ih = [da_r da_z da_n]^T x     dW_hh = [da_r da_z da_q]^T h     db likewise, with x and h replaced by ones
+//
+// Letters: T steps, B rows of the batch, N tokens (T * B, or the sum of batch_sizes), I inputs, H hidden units,
+// D directions, W lanes of a vector of the compute type. Compute type: double for f64, otherwise float.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastgru {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+constexpr int kDTypes = 4;
+
+// Hidden units of a saved row are padded to this many, so that its size does not depend on the instruction set.
+constexpr int64_t kSavedAlign = 16;
+
+struct GruWeights {
+  const void* w_ih;  // [3H, I] gates r, z, n; contiguous, storage type
+  const void* w_hh;  // [3H, H]
+  const void* b_ih;  // [3H] or null
+  const void* b_hh;  // [3H] or null
+};
+
+struct GruShape {
+  int64_t T, B, I, H, N;
+  int D;                       // 1, or 2 (the second direction runs from the last step to the first)
+  const int64_t* batch_sizes;  // [T] non-increasing rows per step, or null when every step has B rows
+  const void* x;               // token (t, b) at x + t * x_stride_t + b * x_stride_b, I contiguous elements
+  int64_t x_stride_t;          // in elements; packed input: not used, token n at x + n * x_stride_b
+  int64_t x_stride_b;
+  const void* h0;  // [D, B, H] contiguous
+  GruWeights w[2];
+};
+
+struct GruForward {
+  GruShape s;
+  void* y;      // [N, D * H] out
+  void* h_n;    // [D, B, H] out
+  void* gates;  // [D, N, 4 * padded H] out, or null: r, z, n, q interleaved per W units, storage type
+};
+
+struct GruBackward {
+  GruShape s;
+  const void* dy;     // [N, D * H] contiguous, or null (zero)
+  const void* dh_n;   // [D, B, H] contiguous, or null (zero)
+  const void* y;      // [N, D * H] as the forward pass wrote it
+  const void* gates;  // as the forward pass wrote it
+  void* dx;           // [N, I] out, or null (not wanted)
+  void* dh0;          // [D, B, H] out
+  void* dw_ih;        // [D, 3H, I] out, or null: no weight gradient is wanted
+  void* dw_hh;        // [D, 3H, H] out, or null with dw_ih
+  void* db_ih;        // [D, 3H] out, or null with dw_ih
+  void* db_hh;        // [D, 3H] out, or null with dw_ih
+};
+
+// How a call gets its threads. `run(n, body, arg)` calls body(0, arg) ... body(n - 1, arg), each once, at the same time
+// or one after the other: the engine relies on neither.
+struct Parallel {
+  int threads;
+  void (*run)(int n, void (*body)(int worker, void* arg), void* arg);
+};
+
+// Scratch memory, obtained by the caller once the engine has said how much it needs. Throws what the allocator throws.
+struct Scratch {
+  void* context;
+  void* (*allocate)(void* context, size_t bytes);  // aligned to 64, lives until the call returns
+};
+
+// One entry of the instruction-set table. White-box entries serve tests and micro-benchmarks.
+struct Engine {
+  const char* name;
+  int vector_bytes;
+  void (*forward[kDTypes])(const GruForward&, const Parallel&, const Scratch&);
+  void (*backward[kDTypes])(const GruBackward&, const Parallel&, const Scratch&);
+
+  // y[i] = f(x[i]), f32 and f64.
+  void (*exp_f32)(int64_t n, const float* x, float* y);
+  void (*exp_f64)(int64_t n, const double* x, double* y);
+  void (*sigmoid_f32)(int64_t n, const float* x, float* y);
+  void (*sigmoid_f64)(int64_t n, const double* x, double* y);
+  void (*tanh_f32)(int64_t n, const float* x, float* y);
+  void (*tanh_f64)(int64_t n, const double* x, double* y);
+  // Round trips through the storage types.
+  void (*to_f32[kDTypes])(int64_t n, const void* x, float* y);    // not for f64
+  void (*from_f32[kDTypes])(int64_t n, const float* x, void* y);  // not for f64
+  // c[M, N] = a[M, K] b[K, N], all row-major and contiguous, one thread, through the packed panels.
+  void (*gemm_f32)(int64_t M, int64_t N, int64_t K, const float* a, const float* b, float* c);
+  // The same product with `a` given transposed ([K, M]): the form of the weight gradients.
+  void (*gemm_tn_f32)(int64_t M, int64_t N, int64_t K, const float* a, const float* b, float* c);
+};
+
+// Bytes of the second-level cache of one core.
+int64_t l2_bytes();
+
+const Engine* engine_generic();
+const Engine* engine_avx2();    // null where this build has no such code (other architectures)
+const Engine* engine_avx512();
+
+}  // namespace fastgru

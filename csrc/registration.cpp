@@ -1,0 +1,18 @@
+// Implementations for the operators that fastgru/ops/schema.py defines, through torch's stable ABI: one library serves
+// every Python and every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/gru_op.h"
+
+STABLE_TORCH_LIBRARY_IMPL(fastgru, CPU, m) {
+  m.impl("cpu_gru_infer", TORCH_BOX(&fastgru::gru_infer));
+  m.impl("cpu_gru_train", TORCH_BOX(&fastgru::gru_train));
+  m.impl("cpu_gru_backward", TORCH_BOX(&fastgru::gru_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgru, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&fastgru::cpu_isa));
+  m.impl("cpu_isas", TORCH_BOX(&fastgru::cpu_isas));
+  m.impl("cpu_set_isa", TORCH_BOX(&fastgru::cpu_set_isa));
+  m.impl("cpu_set_poison", TORCH_BOX(&fastgru::cpu_set_poison));
+}
