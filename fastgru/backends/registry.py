@@ -121,17 +121,12 @@ def select(device: torch.device | str, dtype: torch.dtype) -> Backend:
     """
     device_type = device.type if isinstance(device, torch.device) else torch.device(device).type
     if torch.compiler.is_compiling():
-        return _backends[_constant_choice(device_type, dtype, _requested)]
+        # Traced, so that the graph is guarded on the choice; a cache that changes would only make it compile again.
+        return _choose(device_type, dtype)
     backend = _chosen.get((device_type, dtype))
     if backend is None:
         backend = _chosen[device_type, dtype] = _choose(device_type, dtype)
     return backend
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant_choice(device: str, dtype: torch.dtype, guarded: str | None) -> str:
-    """The choice as a constant of a compiled graph, which is compiled anew when ``guarded`` changes."""
-    return _choose(device, dtype).name
 
 
 def _choose(device: str, dtype: torch.dtype) -> Backend:
@@ -148,7 +143,7 @@ def _choose(device: str, dtype: torch.dtype) -> Backend:
         raise BackendUnavailable(f"no backend can run {dtype} on {device} ({listed})")
     # Backends made for other devices are not a loss worth a warning; those made for this one are.
     passed_over = [b for b in backends() if b.priority > usable[0].priority and device in b.devices]
-    if passed_over:
+    if passed_over and not torch.compiler.is_compiling():
         listed = "; ".join(f"{backend.name}: {reasons[backend.name]}" for backend in passed_over)
         message = f"fastgru runs {dtype} on {device} with the backend {usable[0].name!r}, because {listed}"
         if message not in _warned:
