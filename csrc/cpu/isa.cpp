@@ -16,6 +16,21 @@ struct Candidate {
   bool usable;
 };
 
+#if defined(__x86_64__)
+const Engine* avx512_with_bf16() {
+  static const Engine engine = [] {
+    Engine e = *engine_avx512();
+    const Engine& native = *engine_avx512_bf16();
+    const int bf16 = int(DType::bf16);
+    e.name = native.name;
+    e.forward[bf16] = native.forward[bf16];
+    e.backward[bf16] = native.backward[bf16];
+    return e;
+  }();
+  return &engine;
+}
+#endif
+
 // Best first. __builtin_cpu_supports asks cpuid and, for the wide registers, xgetbv: the system must save them too.
 std::vector<Candidate> candidates() {
 #if defined(__x86_64__)
@@ -23,7 +38,8 @@ std::vector<Candidate> candidates() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return {{engine_avx512(), avx512}, {engine_avx2(), avx2}, {engine_generic(), true}};
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  return {{avx512_with_bf16(), bf16}, {engine_avx512(), avx512}, {engine_avx2(), avx2}, {engine_generic(), true}};
 #else
   return {{engine_generic(), true}};
 #endif

@@ -1,0 +1,24 @@
+// The AVX-512 engine with bf16 products on the processor's own instruction (AVX512_BF16). Only the bf16 entries differ.
+#include "gru_kernels.h"
+#include "team.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#endif
+#define FASTGRU_ISA avx512_bf16
+#define FASTGRU_VECTOR_BYTES 64
+#define FASTGRU_NATIVE_BF16 1
+#include "engine.inc"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+const fastgru::Engine* fastgru::engine_avx512_bf16() { return &avx512_bf16::engine; }
+#else
+const fastgru::Engine* fastgru::engine_avx512_bf16() { return nullptr; }
+#endif
