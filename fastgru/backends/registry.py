@@ -43,7 +43,7 @@ class Backend:
 
 
 _backends: dict[str, Backend] = {}
-_chosen: dict[tuple[str, torch.dtype], Backend] = {}
+_chosen: dict[tuple[torch.device | str, torch.dtype], Backend] = {}
 _warned: set[str] = set()
 # None until use_backend() is called: the environment variable decides then.
 _requested: str | None = None
@@ -119,17 +119,17 @@ def select(device: torch.device | str, dtype: torch.dtype) -> Backend:
         BackendUnavailable: the backend asked for cannot run this, or no backend can.
         ValueError: ``FASTGRU_BACKEND`` holds an unknown name.
     """
-    device_type = device.type if isinstance(device, torch.device) else torch.device(device).type
     if torch.compiler.is_compiling():
         # Traced, so that the graph is guarded on the choice; a cache that changes would only make it compile again.
-        return _choose(device_type, dtype)
-    backend = _chosen.get((device_type, dtype))
+        return _choose(device, dtype)
+    backend = _chosen.get((device, dtype))
     if backend is None:
-        backend = _chosen[device_type, dtype] = _choose(device_type, dtype)
+        backend = _chosen[device, dtype] = _choose(device, dtype)
     return backend
 
 
-def _choose(device: str, dtype: torch.dtype) -> Backend:
+def _choose(device_or_type: torch.device | str, dtype: torch.dtype) -> Backend:
+    device = torch.device(device_or_type).type
     name = requested()
     if name != AUTO:
         reason = _backends[name].why_not(device, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from fastgru.backends import registry
 from fastgru.backends.reference import gru_differentiable
-from fastgru.ops.schema import GRU_OPS
+from fastgru.ops.schema import GRU_OPS, TrainFunction, call
 
 # The names ATen prints, which nn.GRU's messages contain.
 _ATEN_NAMES = {
@@ -30,6 +30,9 @@ _ATEN_NAMES = {
     torch.complex64: "ComplexFloat",
     torch.complex128: "ComplexDouble",
 }
+
+# In the place of what a layer lacks of its eight weights.
+_NO_TENSORS = (None,) * 8
 
 
 def gru(
@@ -65,45 +68,41 @@ def gru(
     torch.func's transforms and forward-mode differentiation go, like double backward, through the reference backend's
     differentiable composite, whichever backend is chosen.
     """
-    _check_alike(input, hx, weights)
     result_dtype = None
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
         input, hx, weights, result_dtype = _autocast(input, hx, weights)
+    device, dtype = input.device, input.dtype
+    for t in (hx, *weights):
+        if t.dtype is not dtype or t.device != device:
+            _raise_unlike(input, hx, weights)
     if batch_sizes is None:
         if batch_first:
             input = input.transpose(0, 1)
         if input.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    ops = GRU_OPS[registry.select(input.device, input.dtype).name]
+    ops = GRU_OPS[registry.select(device, dtype).name]
     directions = 2 if bidirectional else 1
-    kinds = 4 if has_biases else 2
+    stride = directions * (4 if has_biases else 2)
     grad_mode = torch.is_grad_enabled()
     transformed = maybe_current_level() is not None or forward_ad._current_level >= 0
-    # With no gradient to record, the dispatcher's way through Python costs more than a step of a small GRU. The
-    # compiler cannot trace the shortcut.
-    direct = not grad_mode and not torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()
 
     states = []
     x = input
     for layer in range(num_layers):
-        first = layer * directions * kinds
         layer_hx = hx if num_layers == 1 else hx[layer * directions : (layer + 1) * directions]
-        arguments: list[Any] = [x, layer_hx]
-        for direction in (0, 1):
-            group = (
-                weights[first + direction * kinds : first + (direction + 1) * kinds] if direction < directions else ()
-            )
-            arguments += [*group, *(None,) * (4 - len(group))]
-        arguments.append(batch_sizes)
+        own: Sequence[Any] = weights if num_layers == 1 else weights[layer * stride : (layer + 1) * stride]
+        if not has_biases:
+            own = [*own[:2], None, None, *own[2:]]
+        arguments: list[Any] = [x, layer_hx, *own, *_NO_TENSORS[len(own) :], batch_sizes]
         if transformed:
             x, h_n = gru_differentiable(*arguments)
-        elif direct:
-            with torch._C._AutoDispatchBelowAutograd():
-                x, h_n = ops.infer(*arguments)
-        elif grad_mode and save_gates and any(t is not None and t.requires_grad for t in arguments):
+        elif not (grad_mode and save_gates and any(t is not None and t.requires_grad for t in arguments)):
+            x, h_n = call(ops.infer, *arguments)
+        elif compiling:
             x, h_n, _ = ops.train(*arguments)
         else:
-            x, h_n = ops.infer(*arguments)
+            x, h_n = TrainFunction.apply(ops, *arguments)  # type: ignore[no-untyped-call]
         states.append(h_n)
         if dropout > 0 and train and layer + 1 < num_layers:
             x = F.dropout(x, dropout, True)
@@ -133,28 +132,18 @@ def gru_cell(input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor
     return h_n.squeeze(0)
 
 
-def _check_alike(input: Tensor, hx: Tensor, weights: Sequence[Tensor]) -> None:
-    """nn.GRU leaves these checks to its kernels, and so raises their messages."""
-    device, dtype = input.device, input.dtype
-    if hx.device != device:
-        raise RuntimeError(_device_message(input, hx, "hidden"))
-    for weight in weights:
-        if weight.device != device:
-            raise RuntimeError(_device_message(input, weight, "parameter"))
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type):
-        return
-    if hx.dtype is not dtype:
+def _raise_unlike(input: Tensor, hx: Tensor, weights: Sequence[Tensor]) -> NoReturn:
+    """nn.GRU leaves the check of devices and dtypes to its kernels; these are their messages."""
+    for kind, t in [("hidden", hx), *(("parameter", weight) for weight in weights)]:
+        if t.device != input.device:
+            raise RuntimeError(
+                f"Input and {kind} tensors are not at the same device, found input tensor at {input.device} "
+                f"and {kind} tensor at {t.device}"
+            )
+    if hx.dtype is not input.dtype:
         raise RuntimeError(_dtype_message(hx, weights[0], "mat1"))
-    for weight in weights:
-        if weight.dtype is not dtype:
-            raise RuntimeError(_dtype_message(input, weight, "self"))
-
-
-def _device_message(input: Tensor, other: Tensor, kind: str) -> str:
-    return (
-        f"Input and {kind} tensors are not at the same device, found input tensor at {input.device} "
-        f"and {kind} tensor at {other.device}"
-    )
+    odd = next(weight for weight in weights if weight.dtype is not input.dtype)
+    raise RuntimeError(_dtype_message(input, odd, "self"))
 
 
 def _dtype_message(left: Tensor, right: Tensor, name: str) -> str:

@@ -80,43 +80,64 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*inputs[:-4])
 
 
+def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """Calls an operator. With no gradient to record it goes below autograd, whose way through Python is longer than a
+    step of a small GRU."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
 def _run_backward(
     ops: GruOps,
-    ctx: Any,
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    inputs: tuple[Tensor, ...],
+    need: tuple[bool, ...],
+    grads: tuple[Tensor | None, ...],
+    inputs: tuple[Tensor | None, ...],
     output: Tensor,
     gates: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """Calls the backward operator and lays its results out as the gradients of the forward operator's arguments."""
-    need = ctx.needs_input_grad
-    grad_input, grad_hx, *grad_weights = ops.backward(
-        grad_output, grad_h_n, *inputs, output, gates, need[0], any(need[2:10])
-    )
-    grads = [grad_input if need[0] else None, grad_hx if need[1] else None]
-    for position in range(8):
-        direction, kind = divmod(position, 4)
-        grads.append(grad_weights[kind][direction] if need[2 + position] else None)
-    return *grads, None
+    grad_input, grad_hx, *grad_weights = call(ops.backward, *grads[:2], *inputs, output, gates, need[0], any(need[2:]))
+    result = [grad_input if need[0] else None, grad_hx if need[1] else None]
+    for direction, first in enumerate((2, 6)):
+        result += [g[direction] if wanted else None for g, wanted in zip(grad_weights, need[first:], strict=False)]
+    return *result, None
 
 
 def _train_backward(ops: GruOps) -> Callable[..., tuple[Tensor | None, ...]]:
-    def backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, output, gates = ctx.saved_tensors
-        return _run_backward(ops, ctx, grad_output, grad_h_n, tuple(inputs), output, gates)
+        return _run_backward(ops, ctx.needs_input_grad[:10], grads, tuple(inputs), output, gates)
 
     return backward
 
 
 def _infer_backward(ops: GruOps) -> Callable[..., tuple[Tensor | None, ...]]:
-    def backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         with torch.no_grad():
-            output, _, gates = ops.train(*inputs)
-        return _run_backward(ops, ctx, grad_output, grad_h_n, inputs, output, gates)
+            output, _, gates = call(ops.train, *inputs)
+        return _run_backward(ops, ctx.needs_input_grad[:10], grads, inputs, output, gates)
 
     return backward
+
+
+class TrainFunction(torch.autograd.Function):
+    """What the train operator's autograd does, at a third of its cost per call: for eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: GruOps, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        output, h_n, gates = call(ops.train, *inputs)
+        ctx.set_materialize_grads(False)
+        ctx.ops = ops
+        ctx.save_for_backward(*inputs, output, gates)
+        return output, h_n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, output, gates = ctx.saved_tensors
+        return None, *_run_backward(ctx.ops, ctx.needs_input_grad[1:11], grads, tuple(inputs), output, gates)
 
 
 def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
