@@ -210,17 +210,20 @@ std::tuple<Tensor, Tensor, Tensor> gru_train(FASTGRU_LAYER_PARAMETERS) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const OptionalTensor& grad_output,
                                                                         const OptionalTensor& grad_h_n,
                                                                         FASTGRU_LAYER_PARAMETERS, const Tensor& output,
-                                                                        const Tensor& gates, bool need_input_grad,
+                                                                        const OptionalTensor& gates, bool need_input_grad,
                                                                         bool need_weight_grad) {
   const Layer layer(FASTGRU_LAYER_ARGUMENTS);
   const GruShape& s = layer.shape;
-  const Tensor y = dense(output), saved = dense(gates);
-  STD_TORCH_CHECK(y.numel() == s.N * s.D * s.H && saved.numel() == s.D * s.N * 4 * layer.padded(),
-                  "fastgru: output and gates must be what gru_train returned for this layer");
+  const Tensor y = dense(output);
+  OptionalTensor saved;
+  if (gates) saved = dense(*gates);
+  STD_TORCH_CHECK(y.numel() == s.N * s.D * s.H && (!saved || saved->numel() == s.D * s.N * 4 * layer.padded()),
+                  "fastgru: output and gates must be what the forward pass returned for this layer");
   OptionalTensor dy, dh_n;
   if (grad_output) dy = dense(*grad_output);
   if (grad_h_n) dh_n = dense(*grad_h_n);
-  for (const Tensor* t : {&y, &saved, dy ? &*dy : &y, dh_n ? &*dh_n : &y}) layer.check_dtype(*t);
+  for (const OptionalTensor& t : {OptionalTensor(y), saved, dy, dh_n})
+    if (t) layer.check_dtype(*t);
   STD_TORCH_CHECK((!dy || dy->numel() == y.numel()) && (!dh_n || dh_n->numel() == s.D * s.B * s.H),
                   "fastgru: gradients must have the shapes of output and h_n");
 
@@ -238,7 +241,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const Op
                       dy ? dy->const_data_ptr() : nullptr,
                       dh_n ? dh_n->const_data_ptr() : nullptr,
                       y.const_data_ptr(),
-                      saved.const_data_ptr(),
+                      saved ? saved->const_data_ptr() : nullptr,
                       wanted(dx, need_input_grad),
                       dh0.mutable_data_ptr(),
                       wanted(dw_ih, need_weight_grad),

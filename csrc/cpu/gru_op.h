@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_train(FASTGRU_LAYER_PARAMETERS);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const OptionalTensor& grad_output,
                                                                         const OptionalTensor& grad_h_n,
                                                                         FASTGRU_LAYER_PARAMETERS, const Tensor& output,
-                                                                        const Tensor& gates, bool need_input_grad,
+                                                                        const OptionalTensor& gates, bool need_input_grad,
                                                                         bool need_weight_grad);
 
 std::string cpu_isa();

@@ -140,16 +140,21 @@ def gru_backward(
     b_hh_reverse: Tensor | None,
     batch_sizes: Tensor | None,
     output: Tensor,
-    gates: Tensor,
+    gates: Tensor | None,
     need_input_grad: bool,
     need_weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of one layer: a loop for dh and the gate gradients, then large products over all rows at once.
 
+    Without ``gates`` the forward pass is run again for them.
+
     Returns:
         grad_input, grad_hx [D, B, H], grad_w_ih [D, 3H, I], grad_w_hh [D, 3H, H], grad_b_ih and grad_b_hh [D, 3H]; a
         gradient not asked for has shape [0].
     """
+    if gates is None:
+        weights_and_sizes = (w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, batch_sizes)
+        _, _, gates = gru_train(input, hx, w_ih, w_hh, b_ih, b_hh, *weights_and_sizes)
     sizes = _step_sizes(input, hx, batch_sizes)
     x = _wide(input).reshape(-1, input.size(-1))
     directions, _, hidden = hx.shape

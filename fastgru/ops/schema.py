@@ -71,7 +71,7 @@ def _save_train(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tenso
 
 def _save_infer(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs, output[0])
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -95,7 +95,7 @@ def _run_backward(
     grads: tuple[Tensor | None, ...],
     inputs: tuple[Tensor | None, ...],
     output: Tensor,
-    gates: Tensor,
+    gates: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Calls the backward operator and lays its results out as the gradients of the forward operator's arguments."""
     grad_input, grad_hx, *grad_weights = call(ops.backward, *grads[:2], *inputs, output, gates, need[0], any(need[2:]))
@@ -115,10 +115,8 @@ def _train_backward(ops: GruOps) -> Callable[..., tuple[Tensor | None, ...]]:
 
 def _infer_backward(ops: GruOps) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        with torch.no_grad():
-            output, _, gates = call(ops.train, *inputs)
-        return _run_backward(ops, ctx.needs_input_grad[:10], grads, inputs, output, gates)
+        *inputs, output = ctx.saved_tensors
+        return _run_backward(ops, ctx, grad_output, grad_h_n, tuple(inputs), output, None)
 
     return backward
 
@@ -183,7 +181,7 @@ def _define(backend: str) -> GruOps:
     LIBRARY.define(f"{infer}({_LAYER}) -> (Tensor output, Tensor h_n)", tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.define(f"{train}({_LAYER}) -> (Tensor output, Tensor h_n, Tensor gates)", tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.define(
-        f"{backward}(Tensor? grad_output, Tensor? grad_h_n, {_LAYER}, Tensor output, Tensor gates, "
+        f"{backward}(Tensor? grad_output, Tensor? grad_h_n, {_LAYER}, Tensor output, Tensor? gates, "
         "bool need_input_grad, bool need_weight_grad) -> (Tensor grad_input, Tensor grad_hx, Tensor grad_w_ih, "
         "Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh)",
         tags=torch.Tag.pt2_compliant_tag,

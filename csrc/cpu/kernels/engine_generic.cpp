@@ -1,4 +1,6 @@
 // The engine in 128-bit vectors, for any processor.
+#include <new>
+
 #include "gru_kernels.h"
 #include "team.h"
 

@@ -53,7 +53,7 @@ struct GruBackward {
   const void* dy;     // [N, D * H] contiguous, or null (zero)
   const void* dh_n;   // [D, B, H] contiguous, or null (zero)
   const void* y;      // [N, D * H] as the forward pass wrote it
-  const void* gates;  // as the forward pass wrote it
+  const void* gates;  // as the forward pass wrote it, or null: computed again
   void* dx;           // [N, I] out, or null (not wanted)
   void* dh0;          // [D, B, H] out
   void* dw_ih;        // [D, 3H, I] out, or null: no weight gradient is wanted
