@@ -116,7 +116,7 @@ def _train_backward(ops: GruOps) -> Callable[..., tuple[Tensor | None, ...]]:
 def _infer_backward(ops: GruOps) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, output = ctx.saved_tensors
-        return _run_backward(ops, ctx, grad_output, grad_h_n, tuple(inputs), output, None)
+        return _run_backward(ops, ctx.needs_input_grad[:10], grads, tuple(inputs), output, None)
 
     return backward
 
