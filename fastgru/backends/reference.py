@@ -186,7 +186,8 @@ def gru_backward(
             d_rz = torch.cat([d_n * through_r[rows], total * through_z[rows]], dim=1)
             grad_i[rows] = torch.cat([d_rz, d_n], dim=1)
             grad_g[rows] = torch.cat([d_rz, d_n * r[rows]], dim=1)
-            dh[:size] = torch.addmm(total * z[rows], grad_g[rows], w_hh_d)
+            # Not addmm: for a single row its summation loses three bits more than the product's.
+            dh[:size] = total * z[rows] + grad_g[rows] @ w_hh_d
 
         if need_input_grad:
             grad_x += grad_i @ w_ih_d

@@ -1,0 +1,54 @@
+# One environment, .venv, made on first use; every target brings what it needs.
+#   make demo [ARGS="--steps 100"]    make test    make lint    make bench    make clean
+PYTHON ?= python3
+TORCH ?= 2.13.0
+CXX ?= g++
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc') setup.py pyproject.toml
+HAS_CXX := $(shell command -v $(firstword $(CXX)) >/dev/null 2>&1 && echo 1)
+
+# A suite that skips the compiled backend because its build broke would be green for the wrong reason.
+export FASTGRU_REQUIRE_EXTENSION ?= $(HAS_CXX)
+export CXX
+
+.PHONY: demo test lint bench setup clean
+
+demo: setup
+	$(BIN)/python -m fastgru demo $(ARGS)
+
+# Each worker keeps torch to one thread; the tests of threading ask for more.
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+setup: $(STAMPS)/installed
+
+# The name carries the version: another TORCH installs anew.
+$(STAMPS)/torch-$(TORCH):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	rm -f $(STAMPS)/torch-*
+	$(BIN)/python -c 'import torch, sys; sys.exit(torch.__version__.split("+")[0] != "$(TORCH)")' 2>/dev/null \
+		|| $(BIN)/python -m pip install --upgrade "setuptools>=77" "torch==$(TORCH)"
+	touch $@
+
+$(STAMPS)/installed: $(STAMPS)/torch-$(TORCH) $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs fastgru/_C.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

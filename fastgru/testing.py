@@ -1,0 +1,175 @@
+"""The numeric rule and problem generators, for tests, benchmarks and users who want to check their own machine.
+
+The rule: against nn.GRU in float64 on the same (rounded) numbers, our largest error is at most twice the largest error
+of nn.GRU in the problem's dtype, plus a floor of 4 eps times the largest reference value. In float64 nothing more exact
+is at hand: nn.GRU's error is then taken from float32, scaled by the ratio of the epsilons, and counts once more, for
+the reference itself. "Largest" is over the tensor and, where that holds a few numbers only, over several draws of the
+problem: one number's rounding is luck.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from fastgru.nn import GRU
+
+_FLOOR = 4.0
+# Draws times H that a problem gets, at the least.
+_SAMPLE = 24
+
+
+@dataclass(frozen=True)
+class GruProblem:
+    """A GRU and its input. ``packed`` gives the rows of the batch random lengths, in no order."""
+
+    T: int = 5
+    B: int = 3
+    I: int = 7  # noqa: E741
+    H: int = 7
+    num_layers: int = 1
+    bidirectional: bool = False
+    bias: bool = True
+    batch_first: bool = False
+    packed: bool = False
+    hx: bool = True
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        flags = [name for name in ("bidirectional", "bias", "batch_first", "packed", "hx") if getattr(self, name)]
+        sizes = f"T{self.T}-B{self.B}-I{self.I}-H{self.H}-L{self.num_layers}"
+        return "-".join([sizes, *flags, str(self.dtype).removeprefix("torch.")])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor under the rule."""
+
+    name: str
+    error: float
+    limit: float
+    torch_error: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.limit  # False for NaN
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else "FAILED"
+        return f"{self.name}: error {self.error:.3g}, limit {self.limit:.3g}, nn.GRU {self.torch_error:.3g}: {verdict}"
+
+
+def parity(problem: GruProblem, save_gates: bool = True) -> list[Comparison]:
+    """Outputs and every gradient of :class:`fastgru.GRU`, on the backend in use, under the rule."""
+    draws = [_draw(problem, problem.seed + 1000 * i, save_gates) for i in range(max(1, _SAMPLE // problem.H))]
+    return [_compare(name, [draw[name] for draw in draws], problem.dtype) for name in draws[0]]
+
+
+def _draw(problem: GruProblem, seed: int, save_gates: bool) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Every output and gradient, as (ours, nn.GRU's, the reference)."""
+    generator = torch.Generator().manual_seed(seed)
+    # nn.GRU's own error in float64 is estimated in float32, so the numbers must be exact in both.
+    rounded = torch.float32 if problem.dtype == torch.float64 else problem.dtype
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(rounded).double()
+
+    directions = 2 if problem.bidirectional else 1
+    sequence = (problem.B, problem.T) if problem.batch_first else (problem.T, problem.B)
+    input = draw(*sequence, problem.I)
+    hx = draw(problem.num_layers * directions, problem.B, problem.H) if problem.hx else None
+    lengths = None
+    rows: tuple[int, ...] = sequence
+    if problem.packed:
+        lengths = torch.randint(1, problem.T + 1, (problem.B,), generator=generator)
+        rows = (int(lengths.sum()),)
+    grad_output = draw(*rows, directions * problem.H)
+    grad_h_n = draw(problem.num_layers * directions, problem.B, problem.H)
+
+    exact = _module(nn.GRU, problem, torch.float64)
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            parameter.copy_(draw(*parameter.shape, scale=problem.H**-0.5))
+
+    def run(module: nn.RNNBase) -> dict[str, Tensor]:
+        module.load_state_dict(exact.state_dict())
+        return _run(module, input, hx, lengths, problem.batch_first, grad_output, grad_h_n)
+
+    reference = run(exact)
+    theirs = run(_module(nn.GRU, problem, rounded))
+    ours_module = _module(GRU, problem, problem.dtype)
+    assert isinstance(ours_module, GRU)
+    ours_module.save_gates = save_gates
+    ours = run(ours_module)
+    return {name: (ours[name], theirs[name], reference[name]) for name in reference}
+
+
+def assert_parity(problem: GruProblem, save_gates: bool = True) -> None:
+    """Raises AssertionError that lists every tensor of :func:`parity` which breaks the rule."""
+    broken = [str(comparison) for comparison in parity(problem, save_gates) if not comparison.ok]
+    if broken:
+        raise AssertionError(f"{problem}:\n  " + "\n  ".join(broken))
+
+
+def _module(kind: type[nn.GRU] | type[GRU], problem: GruProblem, dtype: torch.dtype) -> nn.RNNBase:
+    return kind(
+        problem.I,
+        problem.H,
+        problem.num_layers,
+        bias=problem.bias,
+        batch_first=problem.batch_first,
+        bidirectional=problem.bidirectional,
+        device=problem.device,
+        dtype=dtype,
+    )
+
+
+def _run(
+    module: nn.RNNBase,
+    input: Tensor,
+    hx: Tensor | None,
+    lengths: Tensor | None,
+    batch_first: bool,
+    grad_output: Tensor,
+    grad_h_n: Tensor,
+) -> dict[str, Tensor]:
+    """Outputs and gradients of one module, in its own dtype, on the host in float64."""
+    like = module.weight_hh_l0
+    assert isinstance(like, Tensor)
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.to(like).detach().requires_grad_()
+
+    x, h0 = leaf(input), None if hx is None else leaf(hx)
+    fed: Tensor | PackedSequence = x
+    if lengths is not None:
+        fed = pack_padded_sequence(x, lengths, batch_first=batch_first, enforce_sorted=False)
+    output, h_n = module(fed, h0)
+    if isinstance(output, PackedSequence):
+        output = output.data
+    wanted = {"input": x, **({} if h0 is None else {"hx": h0}), **dict(module.named_parameters())}
+    grads = torch.autograd.grad((output, h_n), list(wanted.values()), (grad_output.to(like), grad_h_n.to(like)))
+    tensors = {"output": output, "h_n": h_n, **{f"grad of {name}": g for name, g in zip(wanted, grads, strict=True)}}
+    return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in tensors.items()}
+
+
+def _compare(name: str, draws: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> Comparison:
+    for ours, theirs, reference in draws:
+        assert ours.shape == theirs.shape == reference.shape, name
+    # Packed problems differ in shape from draw to draw.
+    ours, theirs, reference = (torch.cat([t.flatten() for t in tensors]) for tensors in zip(*draws, strict=True))
+    if reference.numel() == 0:
+        return Comparison(name, 0.0, 0.0, 0.0)
+    eps = torch.finfo(dtype).eps
+    torch_error = (theirs - reference).abs().max().item()
+    multiple = 2
+    if dtype == torch.float64:
+        torch_error *= eps / torch.finfo(torch.float32).eps
+        multiple = 3
+    limit = multiple * torch_error + _FLOOR * eps * reference.abs().max().item()
+    return Comparison(name, (ours - reference).abs().max().item(), limit, torch_error)

@@ -1,0 +1,77 @@
+"""The numeric rule of fastgru.testing: forward and every gradient, over problems in which all pairs of values occur."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from fastgru.testing import GruProblem, assert_parity
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+FACTORS: dict[str, list[Any]] = {
+    "H": [1, 7, 64, 100, 257],
+    "I": [1, 7, 64, 100, 257],
+    "dtype": DTYPES,
+    "T": [1, 2, 9],
+    "B": [1, 3, 17],
+    "num_layers": [1, 2, 3],
+    "bidirectional": [False, True],
+    "bias": [False, True],
+    "batch_first": [False, True],
+    "packed": [False, True],
+    "hx": [False, True],
+}
+
+
+def pairwise(factors: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Few combinations in which every pair of values of two factors occurs: greedy, from random candidates."""
+    rng = random.Random(0)
+
+    def pairs(case: dict[str, Any]) -> set[tuple[tuple[str, Any], ...]]:
+        return set(itertools.combinations(case.items(), 2))
+
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(factors, 2) for x in factors[a] for y in factors[b]}
+    chosen = []
+    while missing:
+        (a, x), (b, y) = min(missing, key=str)
+        candidates = [{name: rng.choice(values) for name, values in factors.items()} | {a: x, b: y} for _ in range(50)]
+        best = max(candidates, key=lambda case: len(pairs(case) & missing))
+        missing -= pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+SELECTION = [GruProblem(**case, seed=seed) for seed, case in enumerate(pairwise(FACTORS))]
+LARGER = [
+    GruProblem(T=65, B=33, I=48, H=96, bidirectional=True),
+    GruProblem(T=40, B=21, I=256, H=320, packed=True),
+    GruProblem(T=300, B=1, I=32, H=128),
+    GruProblem(T=33, B=16, I=128, H=257, dtype=torch.bfloat16),
+    GruProblem(T=12, B=130, I=16, H=33, bidirectional=True, packed=True),
+]
+
+
+@pytest.mark.parametrize("problem", SELECTION + LARGER, ids=str)
+def test_outputs_and_gradients(engine: str, problem: GruProblem) -> None:
+    assert_parity(problem)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_gates_recomputed_in_backward(backend: str, dtype: torch.dtype, packed: bool) -> None:
+    assert_parity(GruProblem(H=20, num_layers=2, bidirectional=True, packed=packed, dtype=dtype), save_gates=False)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("problem", LARGER, ids=str)
+def test_with_threads(backend: str, problem: GruProblem, threads: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        assert_parity(problem)
+    finally:
+        torch.set_num_threads(1)
