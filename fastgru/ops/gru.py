@@ -143,7 +143,7 @@ def _raise_unlike(input: Tensor, hx: Tensor, weights: Sequence[Tensor]) -> NoRet
     if hx.dtype is not input.dtype:
         raise RuntimeError(_dtype_message(hx, weights[0], "mat1"))
     odd = next(weight for weight in weights if weight.dtype is not input.dtype)
-    raise RuntimeError(_dtype_message(input, odd, "self"))
+    raise RuntimeError(_dtype_message(input, odd, "mat1" if odd is weights[0] else "self"))
 
 
 def _dtype_message(left: Tensor, right: Tensor, name: str) -> str:
