@@ -1,0 +1,280 @@
+"""The GRU on the CPU beside its peers and the roofline: one table, one JSON record, one picture.
+
+    python benchmarks/cpu_gru.py [--rounds N] [--threads N] [--peers ...] [--output DIR]
+
+Every round runs all peers, in an order that changes, each after a pause that lets the thread pool of the one before
+go idle; a ratio is taken within its round, and the median of the rounds is the result. Nothing is timed before its
+output has been compared with torch.nn.GRU in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from peers import FORWARD, TRAINING, Forward, PeerMissingError
+from problems import CPU_GRU, Problem
+from torch import nn
+
+from fastgru.cli import _machine
+from fastgru.cli._timing import quartiles
+
+ROOT = Path(__file__).parents[1]
+IDLE = 0.02  # seconds for a spinning thread pool to go to sleep
+
+
+def load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def roofline(threads: int) -> dict[str, Any]:
+    """Peak of multiply-adds, and read bandwidth by the size of what each core reads."""
+    build = load("whitebox_build", ROOT / "tests/whitebox/build.py").build()
+    whitebox = load("_whitebox", build)
+    sizes = [16, 256, 512, 768, 1536, 3072, 6144, 16384, 65536]
+    return {
+        "fma_peak_gflops": max(whitebox.fma_peak(threads, 0.5) for _ in range(3)) / 1e9,
+        "read_gb_per_s": {
+            str(kib): max(whitebox.read_bandwidth(threads, kib * 1024, 0.2) for _ in range(3)) / 1e9 for kib in sizes
+        },
+    }
+
+
+def bandwidth(limits: dict[str, Any], bytes_per_core: float) -> float:
+    """GB/s of the smallest measured size that is not below ``bytes_per_core``."""
+    for kib, rate in limits["read_gb_per_s"].items():
+        if int(kib) * 1024 >= bytes_per_core:
+            return float(rate)
+    return float(rate)
+
+
+def block(function: Forward, calls: int) -> float:
+    time.sleep(IDLE)
+    function()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def race(functions: dict[str, Forward], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds per call of every function in every round."""
+    calls = {}
+    for name, function in functions.items():
+        once = min(block(function, 1) for _ in range(2))
+        calls[name] = max(1, math.ceil(0.02 / once))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    start = time.perf_counter()
+    for done in range(rounds):
+        order = list(functions)
+        random.Random(done).shuffle(order)
+        for name in order:
+            times[name].append(block(functions[name], calls[name]))
+        if done >= 6 and time.perf_counter() - start > seconds:
+            break
+    return times
+
+
+def check(function: Forward, gru: nn.GRU, x: torch.Tensor) -> float:
+    """Largest error against nn.GRU in float64; stops everything when it is not rounding."""
+    exact = nn.GRU(gru.input_size, gru.hidden_size).double()
+    exact.load_state_dict(gru.state_dict())
+    with torch.no_grad():
+        want = exact(x.double())[0]
+    error = (torch.as_tensor(function()).double() - want).abs().max().item()
+    if not error < 2e-5:
+        raise SystemExit(f"wrong numbers, nothing is timed: error {error} at {tuple(x.shape)}")
+    return error
+
+
+def measure(problem: Problem, names: list[str], rounds: int, seconds: float, limits: dict[str, Any]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    T, B, I, H = problem
+    gru = nn.GRU(I, H)
+    x, grad = torch.randn(T, B, I), torch.randn(T, B, H)
+    row: dict[str, Any] = {**problem._asdict(), "errors": {}}
+    forward: dict[str, Forward] = {}
+    for name in names:
+        forward[name] = FORWARD[name](gru, x)
+        row["errors"][name] = check(forward[name], gru, x)
+    training = {name: TRAINING[name](gru, x, grad) for name in names if name in TRAINING}
+    want, got = training["nn.GRU"](), training["fastgru"]()
+    scale = max(g.abs().max().item() for g in want)
+    row["errors"]["gradients beside nn.GRU, relative"] = (
+        max((a - b).abs().max().item() for a, b in zip(want, got, strict=True)) / scale
+    )
+
+    threads = torch.get_num_threads()
+    for mode, functions, flops in (
+        ("forward", forward, problem.forward_flops),
+        ("training", training, 3 * problem.forward_flops),
+    ):
+        times = race(functions, rounds, seconds)
+        ours = times["fastgru"]
+        result: dict[str, Any] = {"rounds": len(ours), "us": {}, "speedup": {}}
+        for name, values in times.items():
+            result["us"][name] = statistics.median(values) * 1e6
+            if name != "fastgru":
+                q1, q2, q3 = quartiles([theirs / own for theirs, own in zip(values, ours, strict=True)])
+                result["speedup"][name] = {"median": q2, "q1": q1, "q3": q3}
+        median = statistics.median(ours)
+        result["gflops"] = flops / median / 1e9
+        result["of_fma_peak"] = result["gflops"] / limits["fma_peak_gflops"]
+        if mode == "forward":
+            # Every step reads the recurrent weights once, wherever they fit; a single step reads both matrices.
+            weights = 12.0 * H * (H if T > 1 else H + I)
+            result["gb_per_s"] = weights * T / median / 1e9
+            result["of_bandwidth"] = result["gb_per_s"] / bandwidth(limits, weights / threads)
+        row[mode] = result
+    return row
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Geometric mean and worst row of every speed-up."""
+    result: dict[str, Any] = {}
+    for mode in ("forward", "training"):
+        for name in rows[0][mode]["speedup"]:
+            values = [row[mode]["speedup"][name]["median"] for row in rows]
+            result[f"{mode} beside {name}"] = {"geometric_mean": geometric_mean(values), "worst": min(values)}
+    others = [name for name in ("ONNX Runtime", "OpenVINO") if name in rows[0]["forward"]["speedup"]]
+    if others:
+        best = [min(row["forward"]["speedup"][name]["median"] for name in others) for row in rows]
+        result["forward beside the better of " + " and ".join(others)] = {
+            "geometric_mean": geometric_mean(best),
+            "worst": min(best),
+        }
+    return result
+
+
+def show(record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for mode in ("forward", "training"):
+        names = list(record["rows"][0][mode]["us"])
+        table = Table(title=f"{mode}, float32, {record['threads']} threads, microseconds (speed-up of fastgru)")
+        for column in (
+            "T, B, I, H",
+            *names,
+            "GFLOP/s",
+            "of FMA peak",
+            *(["of bandwidth"] if mode == "forward" else []),
+        ):
+            table.add_column(column, justify="right")
+        for row in record["rows"]:
+            result = row[mode]
+            cells = [f"{row['T']}, {row['B']}, {row['I']}, {row['H']}"]
+            for name in names:
+                ratio = result["speedup"].get(name)
+                cells.append(f"{result['us'][name]:,.0f}" + (f" ({ratio['median']:.2f}x)" if ratio else ""))
+            cells += [f"{result['gflops']:.0f}", f"{result['of_fma_peak']:.0%}"]
+            if mode == "forward":
+                cells.append(f"{result['of_bandwidth']:.0%}" if row["B"] == 1 else "")
+            table.add_row(*cells)
+        console.print(table)
+    for name, values in record["summary"].items():
+        console.print(f"{name}: {values['geometric_mean']:.2f}x (geometric mean), {values['worst']:.2f}x (worst row)")
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = record["rows"]
+    labels = [f"{r['T']}, {r['B']}, {r['I']}, {r['H']}" for r in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    for axis, mode in zip(axes, ("forward", "training"), strict=True):
+        names = list(rows[0][mode]["speedup"])
+        height = 0.8 / len(names)
+        for i, name in enumerate(names):
+            values = [r[mode]["speedup"][name] for r in rows]
+            positions = [y + (i - (len(names) - 1) / 2) * height for y in range(len(rows))]
+            middle = [v["median"] for v in values]
+            spread = [[v["median"] - v["q1"] for v in values], [v["q3"] - v["median"] for v in values]]
+            bars = axis.barh(positions, middle, height * 0.9, xerr=spread, label=name, ecolor="0.4")
+            axis.bar_label(bars, [f"{m:.2f}" for m in middle], padding=4, fontsize=7)
+        axis.axvline(1, color="0.3", linewidth=1)
+        axis.set_xscale("log")
+        axis.set_title({"forward": "forward", "training": "forward + backward"}[mode])
+        axis.set_xlabel("times as fast as the peer")
+        axis.margins(x=0.15)
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(rows)), labels)
+    axes[0].set_ylabel("T, B, I, H")
+    axes[0].invert_yaxis()
+    figure.suptitle(f"fastgru.GRU, float32, {record['threads']} threads, {record['machine']['cpu']}")
+    figure.savefig(path, dpi=140)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--seconds", type=float, default=12, help="per shape and mode, once 7 rounds are done")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peers", nargs="+", default=["nn.GRU", "ONNX Runtime", "OpenVINO"], choices=list(FORWARD))
+    parser.add_argument("--problems", nargs="+", metavar="T,B,I,H", help="default: the table in problems.py")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    problems = [Problem(*map(int, p.split(","))) for p in options.problems] if options.problems else CPU_GRU
+    names = list(dict.fromkeys(["fastgru", "nn.GRU", *options.peers]))
+    for name in list(names):
+        try:
+            FORWARD[name](nn.GRU(4, 4), torch.zeros(1, 1, 4))
+        except PeerMissingError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            names.remove(name)
+
+    record: dict[str, Any] = {
+        "benchmark": "cpu_gru",
+        "machine": _machine.machine(),
+        "versions": {**_machine.versions(), **{name: _installed(name) for name in ("onnxruntime", "openvino")}},
+        "commit": _machine.commit(),
+        "threads": options.threads,
+        "roofline": roofline(options.threads),
+        "rows": [],
+    }
+    for problem in problems:
+        print(problem, file=sys.stderr, flush=True)
+        record["rows"].append(measure(problem, names, options.rounds, options.seconds, record["roofline"]))
+    record["summary"] = summary(record["rows"])
+    show(record)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "cpu_gru.json").write_text(json.dumps(record, indent=1) + "\n")
+    plot(record, options.output / "cpu_gru.png")
+
+
+if __name__ == "__main__":
+    main()
