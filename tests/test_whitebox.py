@@ -19,7 +19,8 @@ ISAS = ("avx512", "avx2", "generic")
 
 def _load(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -63,7 +64,8 @@ def test_special_values(whitebox: ModuleType, isa: str, precision: str) -> None:
         np.testing.assert_array_equal(apply(isa, "sigmoid", x), np.array([0.5, 0.5, 1, 0, np.nan], dtype))
         y = apply(isa, "tanh", x)
     np.testing.assert_array_equal(y, np.array([0, 0, 1, -1, np.nan], dtype))
-    assert np.signbit(y[1]) and not np.signbit(y[0])
+    assert np.signbit(y[1])
+    assert not np.signbit(y[0])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
@@ -112,7 +114,7 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(whitebox: ModuleType, 
     np.testing.assert_array_equal(whitebox.gemm(isa, np.ascontiguousarray(a.T), b, True), whole)
 
 
-@pytest.mark.parametrize("workers, late", [(1, []), (2, []), (2, [0]), (3, [1, 2]), (8, []), (8, [0, 3, 7])])
+@pytest.mark.parametrize(("workers", "late"), [(1, []), (2, []), (2, [0]), (3, [1, 2]), (8, []), (8, [0, 3, 7])])
 @pytest.mark.parametrize("items", [1, 2, 7, 33])
 def test_team_runs_every_item_once_and_in_order(
     whitebox: ModuleType, workers: int, late: list[int], items: int

@@ -1,4 +1,6 @@
 // The tensor layer of the CPU backend: from torch tensors to the structs of the engine and back.
+#include "gru_op.h"
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,7 +12,6 @@
 #include <string>
 #include <vector>
 
-#include "gru_op.h"
 #include "isa.h"
 
 namespace fastgru {
@@ -202,7 +203,8 @@ std::tuple<Tensor, Tensor> gru_infer(FASTGRU_LAYER_PARAMETERS) {
 
 std::tuple<Tensor, Tensor, Tensor> gru_train(FASTGRU_LAYER_PARAMETERS) {
   const Layer layer(FASTGRU_LAYER_ARGUMENTS);
-  Tensor output = layer.empty_tokens(layer.shape.D * layer.shape.H), h_n = layer.empty_state(), gates = layer.empty_gates();
+  Tensor output = layer.empty_tokens(layer.shape.D * layer.shape.H), h_n = layer.empty_state(),
+         gates = layer.empty_gates();
   forward(layer, output, h_n, &gates);
   return {output, h_n, gates};
 }
@@ -210,8 +212,8 @@ std::tuple<Tensor, Tensor, Tensor> gru_train(FASTGRU_LAYER_PARAMETERS) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const OptionalTensor& grad_output,
                                                                         const OptionalTensor& grad_h_n,
                                                                         FASTGRU_LAYER_PARAMETERS, const Tensor& output,
-                                                                        const OptionalTensor& gates, bool need_input_grad,
-                                                                        bool need_weight_grad) {
+                                                                        const OptionalTensor& gates,
+                                                                        bool need_input_grad, bool need_weight_grad) {
   const Layer layer(FASTGRU_LAYER_ARGUMENTS);
   const GruShape& s = layer.shape;
   const Tensor y = dense(output);

@@ -8,8 +8,8 @@
 
 namespace fastgru {
 
-const Engine& current_engine();              // throws std::runtime_error on a bad FASTGRU_CPU_ISA
-std::string usable_engines();                // names, best first, separated by commas
-void set_engine(const std::string& name);    // "auto" goes back to the best one
+const Engine& current_engine();            // throws std::runtime_error on a bad FASTGRU_CPU_ISA
+std::string usable_engines();              // names, best first, separated by commas
+void set_engine(const std::string& name);  // "auto" goes back to the best one
 
 }  // namespace fastgru

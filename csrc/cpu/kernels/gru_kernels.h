@@ -102,7 +102,7 @@ struct Engine {
 int64_t l2_bytes();
 
 const Engine* engine_generic();
-const Engine* engine_avx2();    // null where this build has no such code (other architectures)
+const Engine* engine_avx2();  // null where this build has no such code (other architectures)
 const Engine* engine_avx512();
 const Engine* engine_avx512_bf16();  // its bf16 entries only
 
