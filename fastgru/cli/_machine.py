@@ -1,0 +1,114 @@
+"""What a stored number has to carry to mean something later: machine, versions, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastgru
+from fastgru import _lib
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and how much of it torch may use."""
+    try:
+        isa = current_isa()
+    except ValueError:
+        # The commands check it first and say what is wrong.
+        isa = None
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": isa,
+        "usable_isas": usable_isas(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "cuda_devices": cuda_devices(),
+        "system": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides the numbers; ``None`` for what is not installed. Imports nothing new."""
+    return {
+        "fastgru": _installed("fastgru"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _installed("triton"),
+        "cuda": torch.version.cuda,
+    }
+
+
+def commit() -> str | None:
+    """The commit of the source tree this package runs from, with ``+dirty``; ``None`` for an installed package."""
+    package = Path(fastgru.__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(package), *arguments], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    # A package installed into a virtual environment inside somebody's repository is not part of that repository.
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    head = git("rev-parse", "--short=12", "HEAD")
+    return head and head + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def usable_isas() -> list[str]:
+    """Instruction-set variants of the C++ backend that this CPU runs, best first; empty without the extension."""
+    return torch.ops.fastgru.cpu_isas().split(",") if _lib.load_error is None else []
+
+
+def current_isa() -> str | None:
+    """The variant in use, or ``None`` without the extension.
+
+    Raises:
+        ValueError: ``FASTGRU_CPU_ISA`` names one that is unknown or does not run here.
+    """
+    if _lib.load_error is not None:
+        return None
+    try:
+        return str(torch.ops.fastgru.cpu_isa())
+    except RuntimeError as error:
+        # The first line; a debug build of torch adds a C++ backtrace.
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
+def cuda_devices() -> list[str]:
+    """Name, compute capability and memory of each visible GPU."""
+    described = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        described.append(
+            f"{properties.name} (sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB)"
+        )
+    return described
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

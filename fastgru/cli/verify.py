@@ -1,0 +1,109 @@
+"""``python -m fastgru verify``: does this machine compute the right numbers?"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+import fastgru
+from fastgru import testing
+from fastgru.backends import registry
+from fastgru.cli import _machine
+from fastgru.cli._common import DTYPES, backend_name, show_table
+
+# Odd sizes, a single step, a single row, tails of every vector width, and what the kernels treat apart.
+PROBLEMS = (
+    testing.GruProblem(T=1, B=1, I=1, H=1),
+    testing.GruProblem(T=1, B=5, I=100, H=64),
+    testing.GruProblem(T=9, B=1, I=7, H=100, bias=False, hx=False),
+    testing.GruProblem(T=7, B=13, I=33, H=65, num_layers=2, bidirectional=True, batch_first=True),
+    testing.GruProblem(T=12, B=6, I=16, H=48, bidirectional=True, packed=True),
+    testing.GruProblem(T=20, B=34, I=64, H=130),
+)
+
+
+@contextmanager
+def instruction_set(name: str | None) -> Iterator[None]:
+    """Run the block on one variant of the C++ kernels; ``None`` leaves everything as it is."""
+    if name is None:
+        yield
+        return
+    before = _machine.current_isa()
+    torch.ops.fastgru.cpu_set_isa(name)
+    try:
+        yield
+    finally:
+        torch.ops.fastgru.cpu_set_isa(before)
+
+
+def worst(problems: list[testing.GruProblem]) -> tuple[int, testing.GruProblem, testing.Comparison]:
+    """Number of comparisons, and the one that comes closest to its limit or exceeds it most."""
+    found = [(problem, comparison) for problem in problems for comparison in testing.parity(problem)]
+
+    def badness(item: tuple[testing.GruProblem, testing.Comparison]) -> tuple[bool, float]:
+        comparison = item[1]
+        return not comparison.ok, comparison.error / comparison.limit if comparison.limit else 0.0
+
+    return len(found), *max(found, key=badness)
+
+
+def run(args: argparse.Namespace) -> int:
+    began = time.perf_counter()
+    backend_name(torch.device("cpu"), torch.float32)
+    rows, skipped, total, failed = [], [], 0, 0
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for backend in registry.backends():
+            if "*" not in backend.devices and device not in backend.devices:
+                continue
+            for name, dtype in DTYPES.items():
+                reason = backend.why_not(device, dtype)
+                if reason is not None:
+                    skipped.append(f"{backend.name}, {name} on {device}: {reason}")
+                    continue
+                problems = [replace(problem, dtype=dtype, device=device) for problem in PROBLEMS]
+                for isa in _machine.usable_isas() if backend.name == "cpu" else [None]:
+                    with fastgru.use_backend(backend.name), instruction_set(isa):
+                        count, problem, comparison = worst(problems)
+                    total += count
+                    failed += not comparison.ok
+                    rows.append(
+                        [
+                            f"{backend.name} {isa}" if isa else backend.name,
+                            device,
+                            name,
+                            str(count),
+                            f"{comparison.error:.2g}",
+                            f"{comparison.limit:.2g}",
+                            f"{comparison.name}, {_sizes(problem)}",
+                            "PASS" if comparison.ok else "FAIL",
+                        ]
+                    )
+    columns = ["backend", "device", "dtype", "compared", "error", "allowed", "the closest call", ""]
+    show_table("Outputs and gradients against float64", columns, rows, right=(3, 4, 5))
+    for line in skipped:
+        print(f"Skipped: {line}")
+    verdict = "all within the rule" if not failed else f"{failed} of {len(rows)} rows FAILED"
+    print(f"{total} tensors compared in {time.perf_counter() - began:.1f} s: {verdict}.")
+    return 1 if failed else 0
+
+
+def _sizes(problem: testing.GruProblem) -> str:
+    extras = [name for name in ("bidirectional", "packed") if getattr(problem, name)]
+    return " ".join([f"T={problem.T} B={problem.B} I={problem.I} H={problem.H}", *extras])
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="check every backend's numbers on this machine",
+        description="Compare every available backend, instruction set and dtype with a float64 reference on a handful "
+        "of problems (odd sizes, packed, bidirectional): outputs and all gradients. The error may be at most twice "
+        "that of torch.nn.GRU in the same dtype, plus a small floor. Takes seconds and needs torch alone. "
+        "Exit code 0 if all pass, 1 if not.",
+    )
+    parser.set_defaults(run=run)

@@ -1,0 +1,304 @@
+"""The command line: info, verify, bench, the timing they share, and what users get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastgru
+from fastgru import testing
+from fastgru.cli import _common, _machine, _timing, bench, info, main, verify
+
+SMALL_BENCH = ["bench", "--hidden", "8", "5", "--input", "4", "--batch", "2", "--seq", "3", "--seconds", "0.01"]
+
+
+def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m fastgru`` as a user does, in a folder that is not the source tree."""
+    return subprocess.run(
+        [sys.executable, "-m", "fastgru", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for extra in ("rich", "matplotlib"):
+        monkeypatch.setitem(sys.modules, extra, None)
+
+
+@pytest.fixture
+def one_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "PROBLEMS", (testing.GruProblem(T=2, B=2, I=3, H=5),))
+
+
+@pytest.fixture
+def wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parity(problem: testing.GruProblem) -> list[testing.Comparison]:
+        return [testing.Comparison("output", 0.0, 1.0, 0.0), testing.Comparison("grad of hx", float("nan"), 1.0, 0.0)]
+
+    monkeypatch.setattr(testing, "parity", parity)
+
+
+# --- info
+
+
+def test_info_names_every_backend_and_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("fastgru", torch.__version__, "cpu", "reference", "available", *info.VARIABLES):
+        assert expected in text
+
+
+def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert set(record) == {
+        "schema", "command", "versions", "commit", "machine", "backends", "chosen", "environment", "problems",
+    }  # fmt: skip
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["machine"]["threads"] == torch.get_num_threads()
+    assert {backend["name"] for backend in record["backends"]} >= {"cpu", "reference"}
+    assert record["problems"] == []
+
+
+def test_info_tells_why_and_what_to_do_without_the_extension(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastgru._lib, "load_error", "the library is missing; build it")
+    fastgru.backends.registry._chosen.clear()
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "not available: the library is missing; build it" in text
+    assert "runs on: reference" in text
+    monkeypatch.undo()
+    fastgru.backends.registry._chosen.clear()
+
+
+@pytest.mark.usefixtures("torch_alone")
+def test_info_needs_torch_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert "Backends, best first" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("variable", "says"), [("FASTGRU_BACKEND", "known backends: auto, cpu"), ("FASTGRU_CPU_ISA", "usable here")]
+)
+@pytest.mark.parametrize("name", ["info", "verify"])
+def test_bad_environment_is_one_clear_error(tmp_path: Path, name: str, variable: str, says: str) -> None:
+    if variable == "FASTGRU_CPU_ISA" and not _machine.usable_isas():
+        pytest.skip("no compiled kernels")
+    done = command(name, cwd=tmp_path, **{variable: "nonsense"})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"fastgru {name}: {variable}: ")
+    assert "'nonsense'" in done.stderr
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_runs_outside_the_source_tree_and_into_a_closed_pipe(tmp_path: Path) -> None:
+    assert json.loads(command("info", "--json", cwd=tmp_path).stdout)["command"] == "info"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastgru", "info"], stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    os.close(write)
+    assert done.stderr == ""
+
+
+# --- verify
+
+
+@pytest.mark.usefixtures("one_problem")
+def test_verify_covers_every_backend_isa_and_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    before = _machine.current_isa()
+    assert main(["verify"]) == 0
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if "PASS" in line]
+    engines = {*(f"cpu {isa} " for isa in _machine.usable_isas()), "reference "}
+    assert len(rows) >= len(engines) * len(_common.DTYPES)
+    for engine in engines:
+        for dtype in _common.DTYPES:
+            assert any(engine in row and f" {dtype} " in row for row in rows)
+    assert _machine.current_isa() == before
+
+
+@pytest.mark.usefixtures("one_problem", "torch_alone")
+def test_verify_needs_torch_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify"]) == 0
+    assert "all within the rule" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_problem", "wrong_numbers")
+def test_verify_fails_on_wrong_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify"]) == 1
+    text = capsys.readouterr().out
+    assert "FAILED" in text
+    assert "grad of hx" in text
+    assert "PASS" not in text
+
+
+def test_verify_problems_cover_what_they_should() -> None:
+    problems = verify.PROBLEMS
+    for option in ("bidirectional", "packed", "batch_first"):
+        assert any(getattr(problem, option) for problem in problems)
+    assert any(not problem.bias for problem in problems)
+    assert any(problem.H % 16 for problem in problems)
+
+
+# --- bench
+
+
+def test_bench_times_every_combination_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "new" / "result.json"
+    threads = torch.get_num_threads()
+    try:
+        arguments = ["--dtype", "float32", "float64", "--bidirectional", "--layers", "2", "--threads", "1"]
+        assert main([*SMALL_BENCH, *arguments, "--json", str(file)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert capsys.readouterr().out.count("forward + backward") == 4
+    record = json.loads(file.read_text())
+    assert {"machine", "versions", "commit", "backends", "device", "layers", "bidirectional"} < set(record)
+    assert [(r["dtype"], r["H"]) for r in record["results"]] == [
+        ("float32", 8), ("float32", 5), ("float64", 8), ("float64", 5),
+    ]  # fmt: skip
+    for result in record["results"]:
+        assert result["broken"] == []
+        assert set(result["times"]) == {"forward", "forward + backward"}
+        for times in result["times"].values():
+            assert times["speedup_q1"] <= times["speedup"] <= times["speedup_q3"]
+            assert times["baseline_s"] > 0
+
+
+@pytest.mark.usefixtures("wrong_numbers")
+def test_bench_does_not_time_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "result.json"
+    assert main([*SMALL_BENCH, "--json", str(file)]) == 1
+    assert "not timed" in capsys.readouterr().out
+    for result in json.loads(file.read_text())["results"]:
+        assert result["times"] == {}
+        assert "grad of hx" in result["broken"][0]
+
+
+# --- what users get wrong
+
+
+@pytest.mark.usefixtures("torch_alone")
+@pytest.mark.parametrize("name", ["bench", "demo"])
+def test_missing_extra_is_named(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name]) == 2
+    message = capsys.readouterr().err
+    assert "pip install 'fastgru[demo]'" in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "required: command"),
+        (["fly"], "invalid choice"),
+        (["bench", "--hidden", "0"], "must be from 1"),
+        (["bench", "--hidden", "128,256"], "not a whole number"),
+        (["bench", "--hidden"], "expected at least one argument"),
+        (["bench", "--dtype", "int8"], "invalid choice"),
+        (["bench", "--seconds", "-1"], "must be above 0"),
+        (["bench", "--seconds", "nan"], "must be above 0"),
+        (["bench", "--device", "tpu"], "not a device"),
+        (["bench", "--device", "mps"], "use cpu or cuda"),
+        (["bench", "--device", "cuda:99"], "CUDA device"),
+        (["demo", "--steps", "-3"], "must be from 1"),
+        (["demo", "--hidden", "9999999999999"], "must be from 1"),
+        (["demo", "--seed", "-1"], "must be from 0"),
+    ],
+)
+def test_bad_option(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_bench_refuses_an_unwritable_file_before_it_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL_BENCH, "--json", str(tmp_path)]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_sizes_beyond_the_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def measure(*_: object) -> dict[str, Any]:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 12 bytes.")
+
+    monkeypatch.setattr(bench, "measure", measure)
+    assert main(SMALL_BENCH) == 2
+    assert "not enough memory" in capsys.readouterr().err
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "collect", interrupt)
+    assert main(["info"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["info", "verify", "bench", "demo"])
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"python -m fastgru {name}" in capsys.readouterr().out
+
+
+# --- timing and tables
+
+
+def test_pair_summary_is_the_median_of_the_ratios() -> None:
+    pair = _timing.Pair([2.0, 4.0, 9.0, 8.0, 10.0], [1.0, 1.0, 3.0, 4.0, 2.0])
+    summary = pair.summary()
+    assert summary == {
+        "rounds": 5,
+        "baseline_s": 8.0,
+        "candidate_s": 2.0,
+        "speedup": 3.0,
+        "speedup_q1": 2.0,
+        "speedup_q3": 4.0,
+    }
+    assert _timing.Pair([3.0], [2.0]).summary()["speedup_q1"] == 1.5
+
+
+def test_time_pair_alternates_and_calls_both_equally_often() -> None:
+    calls: list[str] = []
+    pair = _timing.time_pair(
+        lambda: calls.append("a"), lambda: calls.append("b"), device=torch.device("cpu"), seconds=1e-6, min_rounds=4
+    )
+    assert len(pair.baseline) == len(pair.candidate) == 4
+    assert calls.count("a") == calls.count("b")
+    blocks = "".join(calls)[4:].replace("aa", "a").replace("bb", "b")
+    while "aa" in blocks or "bb" in blocks:
+        blocks = blocks.replace("aa", "a").replace("bb", "b")
+    # ab, ba, ab, ba: equal neighbours have merged.
+    assert blocks in ("ababa", "baba")
+
+
+def test_json_has_no_nan() -> None:
+    assert json.loads(_common.to_json({"a": [float("nan"), 1.0], "b": {"c": float("inf")}})) == {
+        "a": ["nan", 1.0],
+        "b": {"c": "inf"},
+    }
+
+
+def test_commit_is_that_of_the_source_tree_or_none() -> None:
+    commit = _machine.commit()
+    assert commit is None or len(commit.removesuffix("+dirty")) == 12
