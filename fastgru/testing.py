@@ -28,7 +28,7 @@ class GruProblem:
 
     T: int = 5
     B: int = 3
-    I: int = 7  # noqa: E741
+    I: int = 7
     H: int = 7
     num_layers: int = 1
     bidirectional: bool = False

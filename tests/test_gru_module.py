@@ -240,9 +240,13 @@ def test_autocast(backend: str, dtype: torch.dtype, input_dtype: torch.dtype) ->
     x = torch.randn(4, 3, 5).to(input_dtype)
     with torch.autocast("cpu", dtype):
         got, want = ours(x), theirs(x)
+    # The same numbers, rounded to the products' type, and everything after that in float32.
+    rounded = copy.deepcopy(ours).to(dtype)
+    exact, _ = rounded.float()(x.to(dtype).float())
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=0, atol=2e-2)
+    torch.testing.assert_close(got[0].float(), exact, rtol=0, atol=2 * torch.finfo(dtype).eps)
     got[0].sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters())
 

@@ -10,7 +10,9 @@ of rows of each step. bfloat16 and float16 are computed, and the state carried, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,22 @@ from torch import Tensor
 from fastgru.backends import registry
 
 _HALF = (torch.bfloat16, torch.float16)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _outside_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """An operator gets its dtypes chosen; autocast must not cast the products it is made of."""
+
+    @functools.wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args, **kwargs)
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapper
 
 
 def gate_stride(hidden_size: int) -> int:
@@ -61,6 +79,7 @@ def _directions(*weights: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | 
     return groups
 
 
+@_outside_autocast
 def _forward(
     input: Tensor, hx: Tensor, weights: tuple[Tensor | None, ...], batch_sizes: Tensor | None
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
@@ -125,6 +144,7 @@ def gru_train(input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tensor | None
     return output, h_n, gates.flatten(2)
 
 
+@_outside_autocast
 def gru_backward(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
