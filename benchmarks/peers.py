@@ -48,7 +48,8 @@ def onnx_model(gru: nn.GRU, x: torch.Tensor) -> bytes:
         from onnx import TensorProto, helper, numpy_helper
     except ImportError as error:
         raise PeerMissingError("pip install onnx onnxruntime openvino") from error
-    H, I = gru.hidden_size, gru.input_size
+    T, B, I = x.shape
+    H = gru.hidden_size
 
     def reorder(weight: torch.Tensor) -> np.ndarray:
         r, z, n = weight.detach().float().chunk(3)
