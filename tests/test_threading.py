@@ -1,0 +1,157 @@
+"""The C++ backend's results do not depend on threads, on neighbours in the batch, or on who else is calling."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastgru
+from fastgru import _lib
+
+pytestmark = pytest.mark.skipif(_lib.load_error is not None, reason=str(_lib.load_error))
+
+# (T, B, I, H): shared out by rows of the batch, by hidden units, one row alone, a single step, more workers than items.
+SHAPES = [(20, 40, 48, 64), (6, 9, 100, 257), (30, 1, 33, 260), (1, 37, 300, 200), (7, 3, 5, 16)]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[] if _lib.load_error else torch.ops.fastgru.cpu_isas().split(","))
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = torch.ops.fastgru.cpu_isa()
+    torch.ops.fastgru.cpu_set_isa(request.param)
+    yield request.param
+    torch.ops.fastgru.cpu_set_isa(before)
+
+
+def _run(module: fastgru.GRU, x: Tensor, hx: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
+    """Outputs and every gradient."""
+    x, hx = x.clone().requires_grad_(), hx.clone().requires_grad_()
+    inputs = [x, hx, *module.parameters()]
+    output, h_n = module(x if lengths is None else pack_padded_sequence(x, lengths, enforce_sorted=False), hx)
+    y = output if lengths is None else output.data
+    grads = torch.autograd.grad((y * y.detach().cos()).sum() + h_n.square().sum(), inputs)
+    return [y.detach(), h_n.detach(), *grads]
+
+
+def _problem(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[fastgru.GRU, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    T, B, I, H = shape
+    module = fastgru.GRU(I, H, bidirectional=True, dtype=dtype)
+    return module, torch.randn(T, B, I, dtype=dtype), torch.randn(2, B, H, dtype=dtype)
+
+
+def _assert_same(got: list[Tensor], want: list[Tensor]) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(
+    isa: str, shape: tuple[int, ...], dtype: torch.dtype, packed: bool
+) -> None:
+    module, x, hx = _problem(shape, dtype)
+    lengths = torch.randint(1, shape[0] + 1, (shape[1],)) if packed else None
+    torch.set_num_threads(1)
+    want = _run(module, x, hx, lengths)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        _assert_same(_run(module, x, hx, lengths), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_row_does_not_depend_on_its_neighbours(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    module, x, hx = _problem(shape, dtype)
+    torch.set_num_threads(2)
+    y, h_n, dx, dh0, *_ = _run(module, x, hx)
+    batch = shape[1]
+    for first, last in {(0, 1), (0, (batch + 1) // 2), (batch // 3, batch), (batch - 1, batch)}:
+        rows = slice(first, last)
+        part = _run(module, x[:, rows], hx[:, rows])
+        _assert_same(part[:4], [y[:, rows], h_n[:, rows], dx[:, rows], dh0[:, rows]])
+
+
+def test_calls_from_several_python_threads() -> None:
+    torch.set_num_threads(2)
+    problems = [_problem(SHAPES[i % len(SHAPES)], torch.float32, seed=i) for i in range(4)]
+    want = [_run(*problem) for problem in problems]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(5):
+            got = _run(*problems[index])
+            if not all(torch.equal(a, b) for a, b in zip(got, want[index], strict=True)):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(problems))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+PROGRAMS = {
+    # What a DataLoader worker is: a fork of a process that has used its threads, told to use one.
+    "fork": """
+        want = run()
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            os.write(write, b"same" if torch.equal(run(), want) else b"different")
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert os.read(read, 9) == b"same"
+    """,
+    "one OpenMP thread": """
+        assert torch.get_num_threads() == 1
+        run()
+    """,
+    "a limit below what was asked for": """
+        torch.set_num_threads(8)
+        run()
+    """,
+}
+ENVIRONMENT = {
+    "one OpenMP thread": {"OMP_NUM_THREADS": "1"},
+    "a limit below what was asked for": {"OMP_THREAD_LIMIT": "1"},
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_in_a_process_of_its_own(name: str) -> None:
+    prologue = """
+        import os, torch, fastgru
+        torch.manual_seed(0)
+        module, x = fastgru.GRU(48, 160), torch.randn(12, 5, 48)
+        def run():
+            output, _ = module(x)
+            return torch.autograd.grad(output.square().sum(), module.weight_hh_l0)[0]
+    """
+    code = textwrap.dedent(prologue) + textwrap.dedent(PROGRAMS[name])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **ENVIRONMENT.get(name, {})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
