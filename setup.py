@@ -42,11 +42,10 @@ def extension() -> dict[str, Any]:
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
-            except Exception:
-                print(
-                    "fastgru: the extension does not compile. FASTGRU_NO_EXTENSION=1 installs without it.", flush=True
-                )
-                raise
+            except Exception as error:
+                raise SystemExit(
+                    f"fastgru: {error}. The compiler's messages are above; FASTGRU_NO_EXTENSION=1 installs without it."
+                ) from error
 
     module = CppExtension(
         "fastgru._C",
