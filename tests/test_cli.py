@@ -144,7 +144,7 @@ def test_verify_needs_torch_alone(capsys: pytest.CaptureFixture[str]) -> None:
 def test_verify_fails_on_wrong_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify"]) == 1
     text = capsys.readouterr().out
-    assert "FAILED" in text
+    assert "FAILED: reference, T2-B2-I3-H5" in text
     assert "grad of hx" in text
     assert "PASS" not in text
 
@@ -168,7 +168,7 @@ def test_bench_times_every_combination_both_ways(tmp_path: Path, capsys: pytest.
         assert main([*SMALL_BENCH, *arguments, "--json", str(file)]) == 0
     finally:
         torch.set_num_threads(threads)
-    assert capsys.readouterr().out.count("forward + backward") == 4
+    assert capsys.readouterr().out.count("fwd+bwd") == 4
     record = json.loads(file.read_text())
     assert {"machine", "versions", "commit", "backends", "device", "layers", "bidirectional"} < set(record)
     assert [(r["dtype"], r["H"]) for r in record["results"]] == [

@@ -73,6 +73,7 @@ def training_step(module: nn.RNNBase, input: Tensor) -> Callable[[], object]:
 def run(args: argparse.Namespace) -> int:
     require("bench", "rich")
     from rich.console import Console
+    from rich.progress import Progress
 
     if args.json:
         check_writable(args.json)
@@ -96,33 +97,36 @@ def run(args: argparse.Namespace) -> int:
     ]
     machine = _machine.machine()
     results = []
-    with Console(stderr=True).status("") as status:
-        for number, problem in enumerate(problems):
-            status.update(f"{number + 1} of {len(problems)}: {problem}")
+    # Drawn between the measurements: a thread that draws would take its time from them.
+    with Progress(console=Console(stderr=True), auto_refresh=False) as progress:
+        task = progress.add_task("Timing", total=len(problems))
+        progress.refresh()
+        for problem in problems:
             results.append(measure(problem, args.seconds))
+            progress.update(task, advance=1, refresh=True)
     rows = []
     for result in results:
-        sizes = [str(result[name]) for name in ("T", "B", "I", "H", "dtype")]
+        sizes = [",".join(str(result[name]) for name in "TBIH"), result["dtype"]]
         if result["broken"]:
-            rows.append([*sizes, "not timed: numbers are wrong", "", "", "", "FAIL"])
+            rows.append([*sizes, "not timed: wrong", "", "", "", ""])
         for name, times in result["times"].items():
             rows.append(
                 [
                     *sizes,
-                    name,
+                    {"forward": "fwd", "forward + backward": "fwd+bwd"}[name],
                     f"{times['baseline_s'] * 1e3:.3g}",
                     f"{times['candidate_s'] * 1e3:.3g}",
                     f"{times['speedup']:.2f}x",
-                    f"{times['speedup_q1']:.2f} to {times['speedup_q3']:.2f}",
+                    f"{times['speedup_q1']:.2f}-{times['speedup_q3']:.2f}",
                 ]
             )
     layers = f"{args.layers} layer(s){', bidirectional' if args.bidirectional else ''}"
     show_table(
         f"torch.nn.GRU against fastgru ({', '.join(sorted(set(backends.values())))}), {layers}, "
-        f"{_place(args.device, machine)}",
-        ["T", "B", "I", "H", "dtype", "", "nn.GRU, ms", "fastgru, ms", "speed-up", "quartiles"],
+        f"{_place(args.device, machine)}; ms per call",
+        ["T,B,I,H", "dtype", "", "nn.GRU", "fastgru", "speed-up", "quartiles"],
         rows,
-        right=(0, 1, 2, 3, 6, 7, 8, 9),
+        right=(0, 3, 4, 5, 6),
     )
     broken = [(result, line) for result in results for line in result["broken"]]
     for result, line in broken:
