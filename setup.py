@@ -53,7 +53,7 @@ def extension() -> dict[str, Any]:
         depends=HEADERS,
         include_dirs=[str(Path("csrc").resolve())],
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-        extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off"],
+        extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi"],
         py_limited_api=True,
     )
     return {

@@ -50,7 +50,7 @@ std::atomic<bool> poison{false};
 Tensor new_tensor(int32_t dtype, const std::vector<int64_t>& size) {
   std::vector<int64_t> strides(size.size());
   int64_t elements = 1;
-  for (size_t i = size.size(); i-- > 0; elements *= size[i]) strides[i] = elements;
+  for (size_t i = size.size(); i-- > 0; elements *= size[i] ? size[i] : 1) strides[i] = elements;
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
