@@ -149,6 +149,20 @@ def test_verify_fails_on_wrong_numbers(capsys: pytest.CaptureFixture[str]) -> No
     assert "PASS" not in text
 
 
+@pytest.mark.usefixtures("one_problem")
+def test_verify_compares_all_threads_with_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not _machine.usable_isas():
+        pytest.skip("no compiled kernels")
+    before = torch.get_num_threads()
+    monkeypatch.setattr(verify, "thread_difference", lambda _, count: testing.Comparison(f"{count}!", 1e-9, 0.0, 0.0))
+    with verify.threads(3):
+        assert main(["verify"]) == 1
+    assert capsys.readouterr().out.count("3!: error 1e-09") == len(_machine.usable_isas())
+    assert torch.get_num_threads() == before
+
+
 def test_verify_problems_cover_what_they_should() -> None:
     problems = verify.PROBLEMS
     for option in ("bidirectional", "packed", "batch_first"):
