@@ -10,7 +10,6 @@ output has been compared with torch.nn.GRU in float64.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -145,13 +144,6 @@ def measure(problem: Problem, names: list[str], rounds: int, seconds: float, lim
     return row
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def geometric_mean(values: list[float]) -> float:
     return math.exp(statistics.fmean(math.log(v) for v in values))
 
@@ -260,7 +252,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "benchmark": "cpu_gru",
         "machine": _machine.machine(),
-        "versions": {**_machine.versions(), **{name: _installed(name) for name in ("onnxruntime", "openvino")}},
+        "versions": {**_machine.versions(), **{name: _machine.installed(name) for name in ("onnxruntime", "openvino")}},
         "commit": _machine.commit(),
         "threads": options.threads,
         "roofline": roofline(options.threads),

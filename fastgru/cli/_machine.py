@@ -37,10 +37,10 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Versions of what decides the numbers; ``None`` for what is not installed. Imports nothing new."""
     return {
-        "fastgru": _installed("fastgru"),
+        "fastgru": installed("fastgru"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _installed("triton"),
+        "triton": installed("triton"),
         "cuda": torch.version.cuda,
     }
 
@@ -96,7 +96,8 @@ def cuda_devices() -> list[str]:
     return described
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """Version of a package, or ``None``. Imports nothing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
