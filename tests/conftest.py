@@ -64,6 +64,19 @@ def _poison() -> Iterator[None]:
         torch.ops.fastgru.cpu_set_poison(False)
 
 
+@pytest.fixture(params=[0, 5], ids=["one chunk", "chunks of 5 tokens"])
+def chunks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs the test with the compiled backward pass as it is, and cut into many chunks of the sequence."""
+    if _lib.load_error is not None:
+        if request.param:
+            pytest.skip("only the compiled library works in chunks")
+        yield
+        return
+    torch.ops.fastgru.cpu_set_chunk_tokens(request.param)
+    yield
+    torch.ops.fastgru.cpu_set_chunk_tokens(0)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -289,3 +289,17 @@ def test_inference_mode(backend: str) -> None:
         got = ours(x)
         assert got[0].is_inference()
         assert_same(got, theirs(x))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_steps_that_no_sequence_reaches(backend: str, bidirectional: bool) -> None:
+    """A hand-made PackedSequence may count zero rows at its end; nn.GRU takes it."""
+    theirs = nn.GRU(3, 5, bidirectional=bidirectional)
+    ours = fastgru.GRU(3, 5, bidirectional=bidirectional)
+    ours.load_state_dict(theirs.state_dict())
+    data = torch.randn(5, 3, requires_grad=True)
+    results = []
+    for module in (theirs, ours):
+        output, h_n = module(PackedSequence(data, torch.tensor([2, 2, 1, 0, 0])))
+        results.append((output.data, h_n, *torch.autograd.grad(output.data.sum() + h_n.square().sum(), data)))
+    torch.testing.assert_close(results[1], results[0])

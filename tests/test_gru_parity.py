@@ -55,17 +55,20 @@ LARGER = [
 ]
 
 
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("problem", SELECTION + LARGER, ids=str)
 def test_outputs_and_gradients(engine: str, problem: GruProblem) -> None:
     assert_parity(problem)
 
 
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_gates_recomputed_in_backward(backend: str, dtype: torch.dtype, packed: bool) -> None:
     assert_parity(GruProblem(H=20, num_layers=2, bidirectional=True, packed=packed, dtype=dtype), save_gates=False)
 
 
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("problem", LARGER, ids=str)

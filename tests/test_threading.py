@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def _assert_same(got: list[Tensor], want: list[Tensor]) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -75,6 +77,7 @@ def test_any_number_of_threads_gives_the_same_bits(
         _assert_same(_run(module, x, hx, lengths), want)
 
 
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_row_does_not_depend_on_its_neighbours(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -86,6 +89,22 @@ def test_a_row_does_not_depend_on_its_neighbours(isa: str, shape: tuple[int, ...
         rows = slice(first, last)
         part = _run(module, x[:, rows], hx[:, rows])
         _assert_same(part[:4], [y[:, rows], h_n[:, rows], dx[:, rows], dh0[:, rows]])
+
+
+def test_one_instruction_set_reads_what_another_saved() -> None:
+    module, x, hx = _problem((9, 3, 20, 37), torch.float32)
+    x.requires_grad_()
+    before = torch.ops.fastgru.cpu_isa()
+    want = torch.autograd.grad(module(x, hx)[0].square().sum(), x)[0]
+    names = torch.ops.fastgru.cpu_isas().split(",")
+    try:
+        for forward, backward in itertools.permutations(names, 2):
+            torch.ops.fastgru.cpu_set_isa(forward)
+            loss = module(x, hx)[0].square().sum()
+            torch.ops.fastgru.cpu_set_isa(backward)
+            torch.testing.assert_close(torch.autograd.grad(loss, x)[0], want, rtol=1e-4, atol=1e-5)
+    finally:
+        torch.ops.fastgru.cpu_set_isa(before)
 
 
 def test_calls_from_several_python_threads() -> None:

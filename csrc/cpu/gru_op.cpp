@@ -1,15 +1,20 @@
 // The tensor layer of the CPU backend: from torch tensors to the structs of the engine and back.
 #include "gru_op.h"
 
+#include <sys/mman.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -42,8 +47,24 @@ void run_parallel(int n, void (*body)(int, void*), void* arg) {
 
 Parallel parallel() { return {int(torch::stable::get_num_threads()), run_parallel}; }
 
+constexpr size_t kLarge = size_t(4) << 20;  // bytes from which on large pages are asked for
+
 // Tests set this: memory that nothing has been written to then reads as NaN.
 std::atomic<bool> poison{false};
+// Likewise: chunks so small that a short sequence has many.
+std::atomic<int64_t> chunk_tokens{0};
+
+// Fresh memory costs a page fault per 4 KiB, more than the arithmetic on it. Large pages, where the system gives them
+// on request, cost a hundredth of that, and a walk through them does not wait for address translation.
+void prefer_large_pages(void* memory, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t(1) << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  // Advice: where it is not taken, nothing is lost.
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 // A contiguous CPU tensor from torch's allocator. (torch::stable::new_empty looks its operator up by name on every
 // call, which costs a microsecond: a third of a streaming step.)
@@ -55,39 +76,63 @@ Tensor new_tensor(int32_t dtype, const std::vector<int64_t>& size) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor t(handle);
-  if (poison.load(std::memory_order_relaxed)) std::memset(t.mutable_data_ptr(), 0xff, t.numel() * t.element_size());
+  const size_t bytes = t.numel() * t.element_size();
+  if (bytes >= kLarge) prefer_large_pages(t.mutable_data_ptr(), bytes);
+  if (poison.load(std::memory_order_relaxed)) std::memset(t.mutable_data_ptr(), 0xff, bytes);
   return t;
 }
 
-// Scratch memory from torch's allocator, small pieces out of one slab.
+// Scratch memory of one call, cut from a slab that the thread keeps for its next call (up to kKept bytes of it).
 class Arena {
  public:
+  Arena() : mine_(std::move(kept())) { kept() = {}; }
+  ~Arena() {
+    // What did not fit into the slab shows how large it should be.
+    if (used_ > mine_.bytes) mine_ = {};
+    if (std::max(used_, mine_.bytes) > kKept) return;
+    if (used_ > mine_.bytes) mine_.bytes = used_;
+    kept() = std::move(mine_);
+  }
+  Arena(const Arena&) = delete;
+
   Scratch scratch() {
     return {this, [](void* self, size_t bytes) { return static_cast<Arena*>(self)->allocate(bytes); }};
   }
 
  private:
-  static constexpr size_t kSlab = size_t(1) << 17;
+  static constexpr size_t kKept = size_t(64) << 20, kFirst = size_t(1) << 17;
+
+  struct Slab {
+    std::optional<Tensor> memory;  // null: to be allocated, `bytes` large
+    size_t bytes = 0;
+  };
+  static Slab& kept() {
+    thread_local Slab slab;
+    return slab;
+  }
 
   void* allocate(size_t bytes) {
     bytes = (bytes + 63) / 64 * 64;
-    if (bytes > left_) {
-      const size_t size = bytes > kSlab / 4 ? bytes : kSlab;
-      tensors_.push_back(new_tensor(aoti_torch_dtype_uint8(), {int64_t(size)}));
-      char* memory = static_cast<char*>(tensors_.back().mutable_data_ptr());
-      if (size == bytes) return memory;
-      next_ = memory;
-      left_ = size;
+    void* result;
+    if (used_ + bytes <= std::max(mine_.bytes, kFirst)) {
+      if (!mine_.memory) {
+        mine_.bytes = std::max(mine_.bytes, kFirst);
+        mine_.memory = raw(mine_.bytes);
+      }
+      result = static_cast<char*>(mine_.memory->mutable_data_ptr()) + used_;
+    } else {
+      overflow_.push_back(raw(bytes));
+      result = overflow_.back().mutable_data_ptr();
     }
-    void* result = next_;
-    next_ += bytes;
-    left_ -= bytes;
+    used_ += bytes;
+    if (poison.load(std::memory_order_relaxed)) std::memset(result, 0xff, bytes);
     return result;
   }
+  static Tensor raw(size_t bytes) { return new_tensor(aoti_torch_dtype_uint8(), {int64_t(bytes)}); }
 
-  std::vector<Tensor> tensors_;
-  char* next_ = nullptr;
-  size_t left_ = 0;
+  Slab mine_;
+  std::vector<Tensor> overflow_;
+  size_t used_ = 0;
 };
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -111,8 +156,8 @@ struct Layer {
     shape.I = input.size(packed ? 1 : 2);
     shape.H = w_hh.size(1);
     shape.B = hx.size(1);
-    STD_TORCH_CHECK(hx.size(0) == shape.D && hx.size(2) == shape.H, "fastgru: hx must be [", shape.D, ", B, ", shape.H,
-                    "]");
+    STD_TORCH_CHECK(hx.size(0) == shape.D && hx.size(2) == shape.H, "fastgru: expected hx [", shape.D, ", B, ", shape.H,
+                    "], got [", hx.size(0), ", ", shape.B, ", ", hx.size(2), "]");
     if (shape.I > 1 && input.stride(packed ? 1 : 2) != 1) input = torch::stable::contiguous(input);
     if (packed) {
       const Tensor& sizes = *batch_sizes;
@@ -123,19 +168,22 @@ struct Layer {
       int64_t total = 0;
       for (int64_t t = 0; t < shape.T; ++t) {
         const int64_t rows = shape.batch_sizes[t];
-        STD_TORCH_CHECK(rows > 0 && rows <= (t ? shape.batch_sizes[t - 1] : shape.B),
-                        "fastgru: batch_sizes must be positive, not increasing and at most the batch size");
+        const int64_t most = t ? shape.batch_sizes[t - 1] : shape.B;
+        STD_TORCH_CHECK(rows >= 0 && rows <= most, "fastgru: batch_sizes must not grow, from the batch size on: got ",
+                        rows, " at step ", t, " after ", most);
         total += rows;
       }
       STD_TORCH_CHECK(shape.T > 0 && shape.batch_sizes[0] == shape.B && total == input.size(0),
-                      "fastgru: batch_sizes do not add up to the rows of the packed input");
+                      "fastgru: batch_sizes begin with ", shape.T > 0 ? shape.batch_sizes[0] : 0, " and add up to ",
+                      total, ", expected the batch size ", shape.B, " and the rows of the packed input, ",
+                      input.size(0));
       shape.N = input.size(0);
       shape.x_stride_t = 0;
       shape.x_stride_b = input.stride(0);
     } else {
       shape.T = input.size(0);
       STD_TORCH_CHECK(shape.T > 0, "Expected sequence length to be larger than 0 in RNN");
-      STD_TORCH_CHECK(input.size(1) == shape.B, "fastgru: input and hx disagree on the batch size");
+      STD_TORCH_CHECK(input.size(1) == shape.B, "fastgru: input has a batch of ", input.size(1), ", hx of ", shape.B);
       shape.N = shape.T * shape.B;
       shape.x_stride_t = input.stride(0);
       shape.x_stride_b = input.stride(1);
@@ -157,7 +205,9 @@ struct Layer {
   const void* hold(const Tensor& t, int64_t rows, int64_t columns) {
     check_dtype(t);
     STD_TORCH_CHECK(t.size(0) == rows && t.dim() == (columns ? 2 : 1) && (!columns || t.size(1) == columns),
-                    "fastgru: a weight or bias does not have the shape that input and hx ask for");
+                    "fastgru: expected a weight or bias [", rows, columns ? ", " : "",
+                    columns ? std::to_string(columns) : "", "], got one of ", t.dim(),
+                    " dimensions, the first of size ", t.dim() ? t.size(0) : 0);
     if (t.is_contiguous()) return t.const_data_ptr();
     held.push_back(torch::stable::contiguous(t));
     return held.back().const_data_ptr();
@@ -249,7 +299,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const Op
                       wanted(dw_ih, need_weight_grad),
                       wanted(dw_hh, need_weight_grad),
                       wanted(db_ih, need_weight_grad),
-                      wanted(db_hh, need_weight_grad)};
+                      wanted(db_hh, need_weight_grad),
+                      chunk_tokens.load(std::memory_order_relaxed)};
   current_engine().backward[int(layer.dtype)](b, parallel(), arena.scratch());
   return {dx, dh0, dw_ih, dw_hh, db_ih, db_hh};
 }
@@ -258,5 +309,6 @@ std::string cpu_isa() { return current_engine().name; }
 std::string cpu_isas() { return usable_engines(); }
 void cpu_set_isa(std::string name) { set_engine(name); }
 void cpu_set_poison(bool on) { poison.store(on); }
+void cpu_set_chunk_tokens(int64_t tokens) { chunk_tokens.store(tokens); }
 
 }  // namespace fastgru

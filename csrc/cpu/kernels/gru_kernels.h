@@ -20,7 +20,7 @@ namespace fastgru {
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 constexpr int kDTypes = 4;
 
-// Hidden units of a saved row are padded to this many, so that its size does not depend on the instruction set.
+// Hidden units of a saved row are padded to this many, a multiple of every W.
 constexpr int64_t kSavedAlign = 16;
 
 struct GruWeights {
@@ -45,21 +45,22 @@ struct GruForward {
   GruShape s;
   void* y;      // [N, D * H] out
   void* h_n;    // [D, B, H] out
-  void* gates;  // [D, N, 4 * padded H] out, or null: r, z, n, q interleaved per W units, storage type
+  void* gates;  // [D, N, 4 * padded H] out, or null: r, z, n, q interleaved per kSavedAlign units, storage type
 };
 
 struct GruBackward {
   GruShape s;
-  const void* dy;     // [N, D * H] contiguous, or null (zero)
-  const void* dh_n;   // [D, B, H] contiguous, or null (zero)
-  const void* y;      // [N, D * H] as the forward pass wrote it
-  const void* gates;  // as the forward pass wrote it, or null: computed again
-  void* dx;           // [N, I] out, or null (not wanted)
-  void* dh0;          // [D, B, H] out
-  void* dw_ih;        // [D, 3H, I] out, or null: no weight gradient is wanted
-  void* dw_hh;        // [D, 3H, H] out, or null with dw_ih
-  void* db_ih;        // [D, 3H] out, or null with dw_ih
-  void* db_hh;        // [D, 3H] out, or null with dw_ih
+  const void* dy;        // [N, D * H] contiguous, or null (zero)
+  const void* dh_n;      // [D, B, H] contiguous, or null (zero)
+  const void* y;         // [N, D * H] as the forward pass wrote it
+  const void* gates;     // as the forward pass wrote it, or null: computed again
+  void* dx;              // [N, I] out, or null (not wanted)
+  void* dh0;             // [D, B, H] out
+  void* dw_ih;           // [D, 3H, I] out, or null: no weight gradient is wanted
+  void* dw_hh;           // [D, 3H, H] out, or null with dw_ih
+  void* db_ih;           // [D, 3H] out, or null with dw_ih
+  void* db_hh;           // [D, 3H] out, or null with dw_ih
+  int64_t chunk_tokens;  // tokens whose gate gradients are held at once; 0: as many as stay near
 };
 
 // How a call gets its threads. `run(n, body, arg)` calls body(0, arg) ... body(n - 1, arg), each once, at the same time
