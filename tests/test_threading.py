@@ -140,6 +140,20 @@ PROGRAMS = {
         os.waitpid(child, 0)
         assert os.read(read, 9) == b"same"
     """,
+    # Long enough that some calls wait for the core that is taken, and the next ones work alone.
+    "a neighbour on a core": """
+        torch.set_num_threads(1)
+        want = run()
+        torch.set_num_threads(2)
+        core = max(os.sched_getaffinity(0))
+        spin = f"import os; os.sched_setaffinity(0, [{core}]); any(iter(int, 1))"
+        neighbour = subprocess.Popen([sys.executable, "-c", spin])
+        try:
+            assert all(torch.equal(run(), want) for _ in range(300))
+        finally:
+            neighbour.kill()
+            neighbour.wait()
+    """,
     "one OpenMP thread": """
         assert torch.get_num_threads() == 1
         run()
@@ -158,7 +172,7 @@ ENVIRONMENT = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_in_a_process_of_its_own(name: str) -> None:
     prologue = """
-        import os, torch, fastgru
+        import os, subprocess, sys, torch, fastgru
         torch.manual_seed(0)
         module, x = fastgru.GRU(48, 160), torch.randn(12, 5, 48)
         def run():

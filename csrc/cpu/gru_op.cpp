@@ -45,9 +45,24 @@ void run_parallel(int n, void (*body)(int, void*), void* arg) {
   });
 }
 
-Parallel parallel() { return {int(torch::stable::get_num_threads()), run_parallel}; }
+// Where another process holds a core, the thread there comes and goes, and a call waits for it longer than it would
+// take alone. A wait that took a good part of a call is therefore not risked again before so much time has passed that
+// it could not have been worth much: the thread works alone until then. (Results do not depend on the number of
+// threads.)
+constexpr int64_t kUsualWaitNs = 50'000, kPartOfCall = 4, kTimesAsLong = 8;
+thread_local int64_t alone_until_ns = 0;
 
-constexpr size_t kLarge = size_t(4) << 20;  // bytes from which on large pages are asked for
+void note_wait(int64_t waited_ns, int64_t total_ns) {
+  if (waited_ns > kUsualWaitNs && waited_ns > total_ns / kPartOfCall)
+    alone_until_ns = now_ns() + kTimesAsLong * waited_ns;
+}
+
+Parallel parallel() {
+  const bool alone = alone_until_ns > 0 && now_ns() < alone_until_ns;
+  return {alone ? 1 : int(torch::stable::get_num_threads()), run_parallel, note_wait};
+}
+
+constexpr size_t kLargePage = size_t(1) << 21;
 
 // Tests set this: memory that nothing has been written to then reads as NaN.
 std::atomic<bool> poison{false};
@@ -58,9 +73,8 @@ std::atomic<int64_t> chunk_tokens{0};
 // on request, cost a hundredth of that, and a walk through them does not wait for address translation.
 void prefer_large_pages(void* memory, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t(1) << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kLargePage * kLargePage;
   // Advice: where it is not taken, nothing is lost.
   if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
@@ -77,7 +91,7 @@ Tensor new_tensor(int32_t dtype, const std::vector<int64_t>& size) {
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor t(handle);
   const size_t bytes = t.numel() * t.element_size();
-  if (bytes >= kLarge) prefer_large_pages(t.mutable_data_ptr(), bytes);
+  if (bytes >= 2 * kLargePage) prefer_large_pages(t.mutable_data_ptr(), bytes);
   if (poison.load(std::memory_order_relaxed)) std::memset(t.mutable_data_ptr(), 0xff, bytes);
   return t;
 }
@@ -103,7 +117,8 @@ class Arena {
   static constexpr size_t kKept = size_t(64) << 20, kFirst = size_t(1) << 17;
 
   struct Slab {
-    std::optional<Tensor> memory;  // null: to be allocated, `bytes` large
+    std::optional<Tensor> memory;  // null: to be allocated
+    char* data = nullptr;
     size_t bytes = 0;
   };
   static Slab& kept() {
@@ -115,11 +130,8 @@ class Arena {
     bytes = (bytes + 63) / 64 * 64;
     void* result;
     if (used_ + bytes <= std::max(mine_.bytes, kFirst)) {
-      if (!mine_.memory) {
-        mine_.bytes = std::max(mine_.bytes, kFirst);
-        mine_.memory = raw(mine_.bytes);
-      }
-      result = static_cast<char*>(mine_.memory->mutable_data_ptr()) + used_;
+      if (!mine_.memory) mine_ = slab(std::max(mine_.bytes, kFirst));
+      result = mine_.data + used_;
     } else {
       overflow_.push_back(raw(bytes));
       result = overflow_.back().mutable_data_ptr();
@@ -127,6 +139,15 @@ class Arena {
     used_ += bytes;
     if (poison.load(std::memory_order_relaxed)) std::memset(result, 0xff, bytes);
     return result;
+  }
+  // In large pages, if it fills a good part of one: the packed weights then lie evenly over the sets of a cache too.
+  static Slab slab(size_t bytes) {
+    const bool large = bytes >= kLargePage / 4;
+    if (large) bytes = (bytes + kLargePage - 1) / kLargePage * kLargePage;
+    Tensor memory = raw(large ? bytes + kLargePage : bytes);
+    uintptr_t begin = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
+    if (large) begin = (begin + kLargePage - 1) / kLargePage * kLargePage;
+    return {memory, reinterpret_cast<char*>(begin), bytes};
   }
   static Tensor raw(size_t bytes) { return new_tensor(aoti_torch_dtype_uint8(), {int64_t(bytes)}); }
 

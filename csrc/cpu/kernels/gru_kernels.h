@@ -68,6 +68,7 @@ struct GruBackward {
 struct Parallel {
   int threads;
   void (*run)(int n, void (*body)(int worker, void* arg), void* arg);
+  void (*waited)(int64_t waited_ns, int64_t total_ns);  // told after a run for how much of it the caller was idle
 };
 
 // Scratch memory, obtained by the caller once the engine has said how much it needs. Throws what the allocator throws.
@@ -101,6 +102,8 @@ struct Engine {
 
 // Bytes of the second-level cache of one core.
 int64_t l2_bytes();
+// A clock that never goes back.
+int64_t now_ns();
 
 const Engine* engine_generic();
 const Engine* engine_avx2();  // null where this build has no such code (other architectures)

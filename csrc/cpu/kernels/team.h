@@ -15,6 +15,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "gru_kernels.h"
+
 namespace fastgru {
 
 constexpr int kMaxWorkers = 256;
@@ -42,6 +44,8 @@ class Worker {
 
   int index() const { return index_; }
   int workers() const { return team_.workers_; }
+  // How long it waited for others, but for the usual few microseconds.
+  int64_t waited_ns() const { return waited_ns_; }
 
   // Runs item(i) for every i in [0, items), each on exactly one worker. When it returns, all of them are complete.
   // `reversed` walks every share from its end: what the last stage used last is still in the cache.
@@ -78,22 +82,24 @@ class Worker {
 
  private:
   // Spins for some ten microseconds, then gives the core away: whoever is being waited for may need it.
-  void wait() const {
-    for (int spin = 0; team_.done_.load(std::memory_order_acquire) < target_; ++spin) {
-      if (spin < 1000) {
+  void wait() {
+    const auto done = [&] { return team_.done_.load(std::memory_order_acquire) >= target_; };
+    for (int spin = 0; spin < 1000; ++spin) {
+      if (done()) return;
 #if defined(__x86_64__)
-        __builtin_ia32_pause();
+      __builtin_ia32_pause();
 #endif
-      } else {
-        sched_yield();
-      }
     }
+    const int64_t begin = now_ns();
+    while (!done()) sched_yield();
+    waited_ns_ += now_ns() - begin;
   }
 
   Team& team_;
   int index_;
   uint64_t stage_ = 0;
   int64_t target_ = 0;
+  int64_t waited_ns_ = 0;
 };
 
 }  // namespace fastgru
