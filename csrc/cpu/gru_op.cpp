@@ -96,16 +96,60 @@ Tensor new_tensor(int32_t dtype, const std::vector<int64_t>& size) {
   return t;
 }
 
+// Memory straight from the system: what is given back is gone at once, not kept by an allocator between its blocks.
+class Slab {
+ public:
+  Slab() = default;
+  explicit Slab(size_t bytes) {
+    // In large pages, if it fills a good part of one: packed weights then lie evenly over the sets of a cache too.
+    const bool large = bytes >= kLargePage / 4;
+    const size_t unit = large ? kLargePage : 4096;
+    bytes_ = (bytes + unit - 1) / unit * unit;
+    mapped_ = bytes_ + (large ? kLargePage : 0);
+    void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) {
+      // Torch's allocator has the words for it. If it still finds the memory, all is well too.
+      fallback_ = new_tensor(aoti_torch_dtype_uint8(), {int64_t(bytes_)});
+      data_ = static_cast<char*>(fallback_->mutable_data_ptr());
+      return;
+    }
+    mapping_ = memory;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + unit - 1) / unit * unit;
+    data_ = reinterpret_cast<char*>(begin);
+    if (large) prefer_large_pages(data_, bytes_);
+  }
+  Slab(Slab&& other) noexcept { *this = std::move(other); }
+  Slab& operator=(Slab&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    std::swap(mapping_, other.mapping_);
+    std::swap(mapped_, other.mapped_);
+    std::swap(fallback_, other.fallback_);
+    return *this;
+  }
+  ~Slab() {
+    if (mapping_) munmap(mapping_, mapped_);
+  }
+
+  char* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* data_ = nullptr;
+  size_t bytes_ = 0;
+  void* mapping_ = nullptr;
+  size_t mapped_ = 0;
+  OptionalTensor fallback_;
+};
+
 // Scratch memory of one call, cut from a slab that the thread keeps for its next call (up to kKept bytes of it).
 class Arena {
  public:
-  Arena() : mine_(std::move(kept())) { kept() = {}; }
+  Arena() : slab_(std::move(kept().slab)), wanted_(kept().wanted) {}
   ~Arena() {
-    // What did not fit into the slab shows how large it should be.
-    if (used_ > mine_.bytes) mine_ = {};
-    if (std::max(used_, mine_.bytes) > kKept) return;
-    if (used_ > mine_.bytes) mine_.bytes = used_;
-    kept() = std::move(mine_);
+    // What did not fit shows how large the slab should be.
+    kept().wanted = used_ > kKept ? 0 : std::max(wanted_, used_);
+    if (used_ <= slab_.bytes()) kept().slab = std::move(slab_);
   }
   Arena(const Arena&) = delete;
 
@@ -116,44 +160,31 @@ class Arena {
  private:
   static constexpr size_t kKept = size_t(64) << 20, kFirst = size_t(1) << 17;
 
-  struct Slab {
-    std::optional<Tensor> memory;  // null: to be allocated
-    char* data = nullptr;
-    size_t bytes = 0;
+  struct Kept {
+    Slab slab;
+    size_t wanted = 0;
   };
-  static Slab& kept() {
-    thread_local Slab slab;
-    return slab;
+  static Kept& kept() {
+    thread_local Kept kept;
+    return kept;
   }
 
   void* allocate(size_t bytes) {
     bytes = (bytes + 63) / 64 * 64;
-    void* result;
-    if (used_ + bytes <= std::max(mine_.bytes, kFirst)) {
-      if (!mine_.memory) mine_ = slab(std::max(mine_.bytes, kFirst));
-      result = mine_.data + used_;
-    } else {
-      overflow_.push_back(raw(bytes));
-      result = overflow_.back().mutable_data_ptr();
+    if (!slab_.data()) slab_ = Slab(std::max({wanted_, kFirst, bytes}));
+    void* result = slab_.data() + used_;
+    if (used_ + bytes > slab_.bytes()) {
+      overflow_.emplace_back(bytes);
+      result = overflow_.back().data();
     }
     used_ += bytes;
     if (poison.load(std::memory_order_relaxed)) std::memset(result, 0xff, bytes);
     return result;
   }
-  // In large pages, if it fills a good part of one: the packed weights then lie evenly over the sets of a cache too.
-  static Slab slab(size_t bytes) {
-    const bool large = bytes >= kLargePage / 4;
-    if (large) bytes = (bytes + kLargePage - 1) / kLargePage * kLargePage;
-    Tensor memory = raw(large ? bytes + kLargePage : bytes);
-    uintptr_t begin = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
-    if (large) begin = (begin + kLargePage - 1) / kLargePage * kLargePage;
-    return {memory, reinterpret_cast<char*>(begin), bytes};
-  }
-  static Tensor raw(size_t bytes) { return new_tensor(aoti_torch_dtype_uint8(), {int64_t(bytes)}); }
 
-  Slab mine_;
-  std::vector<Tensor> overflow_;
-  size_t used_ = 0;
+  Slab slab_;
+  size_t wanted_, used_ = 0;
+  std::vector<Slab> overflow_;
 };
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
