@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from whitebox.build import load
 
-HERE = Path(__file__).parent / "whitebox"
 ULP_BOUNDS = {"exp": 1.0, "sigmoid": 2.5, "tanh": 2.5}
 ISAS = ("avx512", "avx2", "generic")
-
-
-def _load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
 def whitebox() -> ModuleType:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler to build the white-box module with")
-    return _load("_whitebox", _load("whitebox_build", HERE / "build.py").build())
+    return load()
 
 
 @pytest.fixture(params=ISAS)

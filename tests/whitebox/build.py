@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import os
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -46,5 +48,11 @@ def _build(directory: Path) -> Path:
     return target
 
 
-if __name__ == "__main__":
-    print(build())
+def load() -> ModuleType:
+    """The module, built if need be."""
+    spec = importlib.util.spec_from_file_location("_whitebox", build())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
