@@ -68,7 +68,8 @@ struct GruBackward {
 struct Parallel {
   int threads;
   void (*run)(int n, void (*body)(int worker, void* arg), void* arg);
-  void (*waited)(int64_t waited_ns, int64_t total_ns);  // told after a run for how much of it the caller was idle
+  // Told after a run for how much of it the caller waited for a core that something else had.
+  void (*waited)(int64_t waited_ns, int64_t total_ns);
 };
 
 // Scratch memory, obtained by the caller once the engine has said how much it needs. Throws what the allocator throws.
@@ -104,6 +105,8 @@ struct Engine {
 int64_t l2_bytes();
 // A clock that never goes back.
 int64_t now_ns();
+// How often the system has taken the core from this thread.
+int64_t preemptions();
 
 const Engine* engine_generic();
 const Engine* engine_avx2();  // null where this build has no such code (other architectures)
