@@ -217,11 +217,9 @@ class GRU(nn.RNNBase):
         return (output.transpose(0, 1) if self.batch_first else output), h_n
 
     def _forward_nested(self, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor]:
-        if input.layout is not torch.jagged or input.dim() != 3 or input.size(2) != self.input_size:
-            shape = list(input.shape) if input.layout is torch.jagged else f"{input.dim()} dimensions"
+        if input.dim() != 3 or input.size(2) != self.input_size:
             raise ValueError(
-                f"nested input has to be of layout torch.jagged and shape [B, lengths, {self.input_size}], "
-                f"got {input.layout} and {shape}"
+                f"jagged input has to be of shape [B, lengths, {self.input_size}], got {list(input.shape)}"
             )
         nested: Any = input
         offsets, lengths = nested.offsets(), nested.lengths()
