@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -15,6 +16,22 @@ from fastgru.ops.segments import Segments, batch_states, segment_states, segment
 
 # torch's own, whatever the names in torch.nn stand for later (see fastgru.patch).
 TorchGRU, TorchGRUCell = nn.GRU, nn.GRUCell
+
+
+def _signature(
+    self: nn.Module,
+    input_size: int,
+    hidden_size: int,
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    bidirectional: bool = False,
+    device: Any = None,
+    dtype: Any = None,
+    *,
+    save_gates: bool = True,
+) -> None: ...
 
 
 def _checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
@@ -104,6 +121,9 @@ class GRU(nn.RNNBase):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
         self.save_gates = save_gates
+
+    # For those who ask what the arguments are called, as nn.utils.skip_init does.
+    __init__.__signature__ = inspect.signature(_signature)  # type: ignore[attr-defined]
 
     def __prepare_scriptable__(self) -> nn.Module:
         return _scriptable(self, GRU, TorchGRU)

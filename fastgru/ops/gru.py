@@ -84,10 +84,11 @@ def gru(
     ops = GRU_OPS[registry.select(device, dtype).name]
     directions = 2 if bidirectional else 1
     stride = directions * (4 if has_biases else 2)
-    # What torch.jit.trace records has to be an operator, and the same one without gradients.
-    records_gates = save_gates and torch.is_grad_enabled() and not torch._C._is_tracing()  # type: ignore[attr-defined]
     transformed = maybe_current_level() is not None or forward_ad._current_level >= 0
     compiling = torch.compiler.is_compiling()
+    # What torch.jit.trace records has to be an operator, and the same one without gradients.
+    tracing = not compiling and torch._C._is_tracing()
+    records_gates = save_gates and torch.is_grad_enabled() and not tracing
     exporting_onnx = compiling and torch.onnx.is_in_onnx_export()
 
     states = []
