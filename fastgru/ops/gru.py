@@ -87,8 +87,7 @@ def gru(
     transformed = maybe_current_level() is not None or forward_ad._current_level >= 0
     compiling = torch.compiler.is_compiling()
     # What torch.jit.trace records has to be an operator, and the same one without gradients.
-    tracing = not compiling and torch._C._is_tracing()
-    records_gates = save_gates and torch.is_grad_enabled() and not tracing
+    records_gates = save_gates and torch.is_grad_enabled() and (compiling or not torch._C._is_tracing())
     exporting_onnx = compiling and torch.onnx.is_in_onnx_export()
 
     states = []
