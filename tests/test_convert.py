@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
 import fastgru
+from fastgru import testing
 from fastgru.nn.gru import TorchGRU
 
 
@@ -296,6 +297,14 @@ def test_patch(backend: str) -> None:
     x = torch.randn(4, 3, 5)
     torch.testing.assert_close(late(x), oracle(x))
     assert late.describe() == "beside"
+
+
+def test_patch_does_not_reach_the_oracle_of_the_numeric_rule() -> None:
+    problem = testing.GruProblem()
+    want = testing.parity(problem)
+    with fastgru.patch():
+        assert testing.parity(problem) == want
+    assert any(comparison.error != comparison.torch_error for comparison in want)
 
 
 def test_patch_ends_with_an_error() -> None:

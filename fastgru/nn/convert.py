@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -20,8 +20,7 @@ from fastgru.nn.gru import GRU, GRUCell, TorchGRU, TorchGRUCell
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-@dataclass(frozen=True)
-class Swap:
+class Swap(NamedTuple):
     """A pair of classes, each the other's drop-in.
 
     Args:
@@ -50,8 +49,7 @@ TABLE = (Swap(TorchGRU, GRU, _RNN_CALLS), Swap(TorchGRUCell, GRUCell))
 _WRAPPING_MODULES = ("torch.nn.utils.parametrize", "torch.distributed.")
 
 
-@dataclass(frozen=True)
-class ReportEntry:
+class ReportEntry(NamedTuple):
     """One module that the table knows.
 
     Args:
