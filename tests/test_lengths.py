@@ -147,6 +147,31 @@ def test_unbatched_resets() -> None:
     torch.testing.assert_close(h_n, last)
 
 
+def test_the_default_device_is_not_asked() -> None:
+    _, ours = pair()
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    mask = resets()
+    want = ours(x, lengths=LENGTHS, reset_mask=mask), ours(x, reset_mask=mask)
+    hx = torch.zeros(1, B, H, dtype=torch.float64)
+    with torch.device("meta"):
+        torch.testing.assert_close((ours(x, hx, lengths=LENGTHS, reset_mask=mask), ours(x, hx, reset_mask=mask)), want)
+
+
+def test_one_node_of_torch_fx() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = fastgru.GRU(I, H)
+
+        def forward(self, x: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+            return self.rnn(x, lengths=lengths, reset_mask=mask)[0]
+
+    model, arguments = Model(), (torch.randn(T, B, I), torch.tensor(LENGTHS), resets())
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["rnn"]
+    assert torch.equal(traced(*arguments), model(*arguments))
+
+
 def test_gradcheck_with_resets(backend: str) -> None:
     _, ours = pair(num_layers=2, bidirectional=True)
     x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
@@ -241,6 +266,11 @@ WRONG: dict[str, tuple[Callable[[fastgru.GRU], Any], type[Exception], str]] = {
     ),
     "reset_mask that is a list": (
         lambda m: m(X, reset_mask=[True]),
+        TypeError,
+        "reset_mask has to be a tensor of torch.bool, got list",
+    ),
+    "reset_mask that is a list, unbatched": (
+        lambda m: m(X[:, 0], reset_mask=[True]),
         TypeError,
         "reset_mask has to be a tensor of torch.bool, got list",
     ),

@@ -37,7 +37,7 @@ def _signature(
 def _checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
     """As int64 [B] on the CPU."""
     try:
-        tensor = torch.as_tensor(lengths).detach()
+        tensor = torch.as_tensor(lengths, device=None if isinstance(lengths, Tensor) else "cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"lengths has to be a tensor or a sequence of integers, got {lengths!r}") from error
     # An empty list is of no type.
@@ -64,10 +64,10 @@ def _checked_reset_mask(mask: Tensor, steps: int, batch: int, batch_first: bool)
     return (mask.t() if batch_first else mask).cpu()
 
 
-def _fx_leaf(module: nn.Module, *args: Any) -> Any:
+def _fx_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """One ``call_module`` node, as torch.fx makes of torch's own modules."""
     tracer = args[0].tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 
 def _scriptable(module: nn.Module, own: type[nn.Module], original: type[nn.Module]) -> nn.Module:
@@ -210,6 +210,9 @@ class GRU(nn.RNNBase):
         lengths: Tensor | Sequence[int] | None,
         reset_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        if isinstance(input, Proxy):
+            result: tuple[Tensor, Tensor] = _fx_leaf(self, input, hx, lengths=lengths, reset_mask=reset_mask)
+            return result
         if not isinstance(input, Tensor) or input.is_nested:
             kind = "nested tensor" if isinstance(input, Tensor) else type(input).__name__
             raise ValueError(f"lengths and reset_mask are for padded tensors, got a {kind} as input")
@@ -217,7 +220,7 @@ class GRU(nn.RNNBase):
             if lengths is not None:
                 raise ValueError("lengths is for batched 3-D input, got 2-D input")
             batch_dim = 0 if self.batch_first else 1
-            if reset_mask is not None and reset_mask.dim() == 1:
+            if isinstance(reset_mask, Tensor) and reset_mask.dim() == 1:
                 reset_mask = reset_mask.unsqueeze(batch_dim)
             output, h_n = self._forward_padded(input.unsqueeze(batch_dim), self._batched_hx(hx), None, reset_mask)
             return output.squeeze(batch_dim), h_n.squeeze(1)
@@ -228,10 +231,10 @@ class GRU(nn.RNNBase):
         T, B, _ = input.shape
         if T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        sizes = torch.full((B,), T) if lengths is None else _checked_lengths(lengths, T, B)
+        sizes = torch.full((B,), T, device="cpu") if lengths is None else _checked_lengths(lengths, T, B)
         if reset_mask is not None:
             reset_mask = _checked_reset_mask(reset_mask, T, B, self.batch_first)
-        parts = segments(sizes, torch.arange(B), B, reset_mask, input.device)
+        parts = segments(sizes, torch.arange(B, device="cpu"), B, reset_mask, input.device)
         output, h_n = self._run_segments(input.reshape(T * B, input.size(2)), hx, B, parts)
         output = output.view(T, B, output.size(1))
         return (output.transpose(0, 1) if self.batch_first else output), h_n

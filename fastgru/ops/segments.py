@@ -50,7 +50,7 @@ def segments(lengths: Tensor, starts: Tensor, stride: int, reset_mask: Tensor | 
     else:
         cuts = reset_mask.t().clone()
         cuts[:, :1] = True
-        row, step = (cuts & (torch.arange(cuts.size(1)) < lengths[:, None])).nonzero(as_tuple=True)
+        row, step = (cuts & (torch.arange(cuts.size(1), device="cpu") < lengths[:, None])).nonzero(as_tuple=True)
         zeroed = reset_mask[step, row]
     # In the order of rows, then of steps.
     opens = step == 0
@@ -58,13 +58,13 @@ def segments(lengths: Tensor, starts: Tensor, stride: int, reset_mask: Tensor | 
     ends = torch.where(closes, lengths[row], step.roll(-1))
     sizes, order = (ends - step).sort(descending=True, stable=True)
     place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel())
+    place[order] = torch.arange(order.numel(), device="cpu")
 
     # counts[t] segments have more than t steps.
     longest = int(sizes[0]) if sizes.numel() else 0
     batch_sizes = torch.bincount(sizes, minlength=longest + 1)[1:].flip(0).cumsum(0).flip(0)
-    packed_step = torch.arange(longest).repeat_interleave(batch_sizes)
-    packed_slot = torch.arange(packed_step.numel()) - (batch_sizes.cumsum(0) - batch_sizes)[packed_step]
+    packed_step = torch.arange(longest, device="cpu").repeat_interleave(batch_sizes)
+    packed_slot = torch.arange(packed_step.numel(), device="cpu") - (batch_sizes.cumsum(0) - batch_sizes)[packed_step]
     first = (starts[row] + step * stride)[order]
     positions = first[packed_slot] + packed_step * stride
     return Segments(
