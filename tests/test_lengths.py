@@ -304,6 +304,11 @@ WRONG: dict[str, tuple[Callable[[fastgru.GRU], Any], type[Exception], str]] = {
         RuntimeError,
         "mat1 and mat2 must have the same dtype, but got Double and Float",
     ),
+    "hx on another device": (
+        lambda m: m(X, torch.zeros(1, B, H, device="meta"), lengths=[1] * B),
+        RuntimeError,
+        "Input and hidden tensors are not at the same device, found input tensor at cpu and hidden tensor at meta",
+    ),
     "input of wrong size": (
         lambda m: m(torch.randn(T, B, 7), lengths=[1] * B),
         RuntimeError,

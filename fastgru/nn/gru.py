@@ -260,6 +260,11 @@ class GRU(nn.RNNBase):
         if hx.dim() != 3:
             raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor")
         self.check_hidden_size(hx, expected)
+        if hx.device != flat.device:
+            raise RuntimeError(
+                f"Input and hidden tensors are not at the same device, found input tensor at {flat.device} "
+                f"and hidden tensor at {hx.device}"
+            )
         if parts.row.numel() == 0:
             return flat.new_zeros(flat.size(0), directions * self.hidden_size), hx
         states = segment_states(hx, parts, directions)
