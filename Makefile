@@ -1,5 +1,5 @@
 # One environment, .venv, made on first use; every target brings what it needs.
-#   make demo [ARGS="--steps 100"]    make test    make lint    make bench    make clean
+#   make demo [ARGS="--steps 100"]    make test    make compat    make lint    make bench    make clean
 PYTHON ?= python3
 TORCH ?= 2.13.0
 CXX ?= g++
@@ -15,7 +15,7 @@ HAS_CXX := $(shell command -v $(firstword $(CXX)) >/dev/null 2>&1 && echo 1)
 export FASTGRU_REQUIRE_EXTENSION ?= $(HAS_CXX)
 export CXX
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test compat lint bench setup clean
 
 demo: setup
 	$(BIN)/python -m fastgru demo $(ARGS)
@@ -23,6 +23,10 @@ demo: setup
 # Each worker keeps torch to one thread; the tests of threading ask for more.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# Runs the features on torch.nn as well and writes what it saw.
+compat: setup
+	$(BIN)/python -m pytest -n 2 -m feature --compatibility-table=docs/compatibility.md $(ARGS)
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks $(ARGS)

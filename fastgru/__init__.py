@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from fastgru.backends.registry import BackendUnavailable, explain, use_backend
-from fastgru.nn import GRU, Decoder, Encoder, GRUCell, ReferenceDecoder, ReferenceEncoder
+from fastgru.nn import (
+    GRU,
+    ConversionReport,
+    Decoder,
+    Encoder,
+    GRUCell,
+    ReferenceDecoder,
+    ReferenceEncoder,
+    conversion_report,
+    convert,
+    patch,
+    revert,
+)
 from fastgru.ops import gru
 
 __all__ = [
     "GRU",
     "BackendUnavailable",
+    "ConversionReport",
     "Decoder",
     "Encoder",
     "GRUCell",
     "ReferenceDecoder",
     "ReferenceEncoder",
+    "conversion_report",
+    "convert",
     "explain",
     "gru",
+    "patch",
+    "revert",
     "use_backend",
 ]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastgru.nn import GRU
+from fastgru.nn.gru import TorchGRU
 
 _FLOOR = 4.0
 # Draws times H that a problem gets, at the least.
@@ -91,7 +92,7 @@ def _draw(problem: GruProblem, seed: int, save_gates: bool) -> dict[str, tuple[T
     grad_output = draw(*rows, directions * problem.H)
     grad_h_n = draw(problem.num_layers * directions, problem.B, problem.H)
 
-    exact = _module(nn.GRU, problem, torch.float64)
+    exact = _module(TorchGRU, problem, torch.float64)
     with torch.no_grad():
         for parameter in exact.parameters():
             parameter.copy_(draw(*parameter.shape, scale=problem.H**-0.5))
@@ -101,7 +102,7 @@ def _draw(problem: GruProblem, seed: int, save_gates: bool) -> dict[str, tuple[T
         return _run(module, input, hx, lengths, problem.batch_first, grad_output, grad_h_n)
 
     reference = run(exact)
-    theirs = run(_module(nn.GRU, problem, rounded))
+    theirs = run(_module(TorchGRU, problem, rounded))
     ours_module = _module(GRU, problem, problem.dtype)
     assert isinstance(ours_module, GRU)
     ours_module.save_gates = save_gates

@@ -11,6 +11,8 @@ import torch
 import fastgru
 from fastgru import _lib
 
+pytest_plugins = ["tests.compatibility"]
+
 # The workers of xdist share the cores; the tests of threading ask for more threads themselves.
 torch.set_num_threads(1)
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastgru
+from fastgru.ops.onnx import gru_node
 
 GRU = type[nn.GRU] | type[fastgru.GRU]
 Cell = type[nn.GRUCell]
@@ -171,3 +172,18 @@ def test_batch_sizes_that_do_not_fit_raise(backend: str, batch_sizes: list[int])
             batch_first=False,
             batch_sizes=torch.tensor(batch_sizes),
         )
+
+
+@pytest.mark.parametrize("base", [fastgru.GRU, fastgru.GRUCell])
+def test_torch_script_refuses_subclasses_and_names_the_remedy(base: Any) -> None:
+    class Mine(base):  # type: ignore[misc]
+        pass
+
+    with pytest.raises(RuntimeError, match=rf"cannot compile Mine, .*fastgru\.{base.__name__}: call fastgru\.revert"):
+        torch.jit.script(nn.Sequential(Mine(5, 6)))
+
+
+def test_onnx_refuses_packed_input() -> None:
+    weights = [w.detach() for w in fastgru.GRU(5, 6).parameters()]
+    with pytest.raises(RuntimeError, match="whole batches, not on packed input or lengths"):
+        gru_node(torch.randn(3, 5), torch.zeros(1, 2, 6), *weights, *[None] * 4, torch.tensor([2, 1]))

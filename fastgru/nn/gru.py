@@ -2,13 +2,86 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from fastgru import ops
+from fastgru.ops.segments import Segments, batch_states, segment_states, segments
+
+# torch's own, whatever the names in torch.nn stand for later (see fastgru.patch).
+TorchGRU, TorchGRUCell = nn.GRU, nn.GRUCell
+
+
+def _signature(
+    self: nn.Module,
+    input_size: int,
+    hidden_size: int,
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    bidirectional: bool = False,
+    device: Any = None,
+    dtype: Any = None,
+    *,
+    save_gates: bool = True,
+) -> None: ...
+
+
+def _checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
+    """As int64 [B] on the CPU."""
+    try:
+        tensor = torch.as_tensor(lengths, device=None if isinstance(lengths, Tensor) else "cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"lengths has to be a tensor or a sequence of integers, got {lengths!r}") from error
+    # An empty list is of no type.
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool):
+        raise TypeError(f"lengths has to be of an integer type, got {tensor.dtype}")
+    if tensor.shape != (batch,):
+        raise ValueError(f"lengths has to be of shape [B] = [{batch}], got {list(tensor.shape)}")
+    tensor = tensor.to("cpu", torch.int64)
+    wrong = ((tensor < 0) | (tensor > steps)).nonzero()
+    if wrong.numel():
+        row = int(wrong[0])
+        raise ValueError(f"lengths has to be between 0 and the {steps} steps of input, got {int(tensor[row])} at {row}")
+    return tensor
+
+
+def _checked_reset_mask(mask: Tensor, steps: int, batch: int, batch_first: bool) -> Tensor:
+    """As bool [T, B] on the CPU."""
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"reset_mask has to be a tensor of torch.bool, got {got}")
+    shape, names = ((batch, steps), "[B, T]") if batch_first else ((steps, batch), "[T, B]")
+    if mask.shape != shape:
+        raise ValueError(f"reset_mask has to be of shape {names} = {list(shape)}, got {list(mask.shape)}")
+    return (mask.t() if batch_first else mask).cpu()
+
+
+def _fx_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """One ``call_module`` node, as torch.fx makes of torch's own modules."""
+    tracer = args[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
+
+
+def _scriptable(module: nn.Module, own: type[nn.Module], original: type[nn.Module]) -> nn.Module:
+    """torch's module in the place of ours, on the same parameters, for TorchScript, which cannot compile ours."""
+    if type(module) is not own:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(module).__name__}, which derives from fastgru.{own.__name__}: "
+            "call fastgru.revert(model) first, or derive it from torch.nn's class"
+        )
+    twin = original.__new__(original)
+    twin.__dict__ = {name: dict(value) if name == "_parameters" else value for name, value in vars(module).items()}
+    if isinstance(twin, nn.RNNBase):
+        twin._init_flat_weights()
+    return twin
 
 
 class GRU(nn.RNNBase):
@@ -21,16 +94,26 @@ class GRU(nn.RNNBase):
         save_gates: keep the gates for the backward pass. With False it recomputes them, which trades time for memory.
 
     Shapes, with D = 2 when bidirectional, else 1:
-        input: [T, I], [T, B, I], [B, T, I] when ``batch_first``, or a PackedSequence. Any strides.
+        input: [T, I], [T, B, I], [B, T, I] when ``batch_first``, a PackedSequence, or a nested tensor of layout
+            torch.jagged and shape [B, lengths, I]. Any strides.
         hx: [D * num_layers, B, H], or [D * num_layers, H] for unbatched input; zeros when not given.
+        lengths: integers [B] from 0 to T, for padded input: how many steps of each sequence are real. The output is
+            zero after them, and h_n is the state at the last real one (``hx`` where there is none).
+        reset_mask: bool [T, B], [B, T] when ``batch_first``, [T] for unbatched input: True zeroes the state before that
+            step, in every layer. Nothing flows across, so each part of a sequence is run as one of its own; in the
+            reverse direction too, where the state is zeroed on the way from that step to the one before it.
         output: as input, with D * H features. h_n: as hx.
 
+    ``lengths`` and ``reset_mask`` are read on the host, at every call: of a GPU's tensors that waits for the GPU.
+
     Raises:
-        ValueError, TypeError: nn.GRU's, for constructor arguments; input of wrong rank or dtype.
+        ValueError, TypeError: nn.GRU's, for constructor arguments; input of wrong rank or dtype; wrong ``lengths`` or
+            ``reset_mask``.
         RuntimeError: nn.GRU's, for wrong sizes, wrong dtype or device of ``hx``, zero-length sequences.
     """
 
-    save_gates: bool
+    # On the class as well, for modules that fastgru.convert makes of others.
+    save_gates: bool = True
 
     def __init__(self, *args: Any, save_gates: bool = True, **kwargs: Any) -> None:
         # Position 8 is RNNBase's proj_size: nn.GRU takes it there, and then fails at the first call.
@@ -39,32 +122,66 @@ class GRU(nn.RNNBase):
         super().__init__("GRU", *args, **kwargs)
         self.save_gates = save_gates
 
+    # For those who ask what the arguments are called, as nn.utils.skip_init does.
+    __init__.__signature__ = inspect.signature(_signature)  # type: ignore[attr-defined]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _scriptable(self, GRU, TorchGRU)
+
     def flatten_parameters(self) -> None:
         """Accepted and needless: the kernels take the parameters wherever they are."""
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.save_gates else ", save_gates=False")
 
-    def _weights(self) -> list[Tensor]:
-        """The current weights, which may have been replaced, parametrized or swapped by functional_call."""
+    @property  # type: ignore[override]
+    def _flat_weights(self) -> list[Tensor]:
+        """The current weights, which may have been replaced, parametrized or swapped by functional_call.
+
+        Not the list that RNNBase keeps: a list of parametrized weights goes stale and cannot be copied.
+        """
         parameters = self._parameters
         try:
             return [parameters[name] for name in self._flat_weights_names]  # type: ignore[misc]
         except KeyError:
-            return [getattr(self, name) for name in self._flat_weights_names]
+            return [getattr(self, name, None) for name in self._flat_weights_names]  # type: ignore[misc]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Tensor]) -> None:
+        pass
 
     @overload
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
 
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset_mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run the sequence. See the class for shapes and errors."""
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx)
+        if lengths is not None or reset_mask is not None:
+            return self._forward_padded(input, hx, lengths, reset_mask)
+        # All that is not a plain tensor, and first the Tensor subclasses that are none of these.
+        if type(input) is not Tensor:
+            if isinstance(input, PackedSequence):
+                return self._forward_packed(input, hx)
+            if isinstance(input, Proxy):
+                return _fx_leaf(self, input, hx)
+            if getattr(input, "is_nested", False):
+                return self._forward_nested(input, hx)
         rank = input.dim()
         if rank == 3:
             if hx is not None and hx.dim() != 3:
@@ -72,13 +189,88 @@ class GRU(nn.RNNBase):
             return self._run(input, hx, input.size(0 if self.batch_first else 1), None)
         if rank != 2:
             raise ValueError(f"GRU: Expected input to be 2D or 3D, got {rank}D instead")
-        if hx is not None:
-            if hx.dim() != 2:
-                raise RuntimeError(f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor")
-            hx = hx.unsqueeze(1)
+        hx = self._batched_hx(hx)
         batch_dim = 0 if self.batch_first else 1
         output, h_n = self._run(input.unsqueeze(batch_dim), hx, 1, None)
         return output.squeeze(batch_dim), h_n.squeeze(1)
+
+    @staticmethod
+    def _batched_hx(hx: Tensor | None) -> Tensor | None:
+        """The ``hx`` of unbatched input, as that of a batch of one."""
+        if hx is None:
+            return None
+        if hx.dim() != 2:
+            raise RuntimeError(f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor")
+        return hx.unsqueeze(1)
+
+    def _forward_padded(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None,
+        lengths: Tensor | Sequence[int] | None,
+        reset_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(input, Proxy):
+            result: tuple[Tensor, Tensor] = _fx_leaf(self, input, hx, lengths=lengths, reset_mask=reset_mask)
+            return result
+        if not isinstance(input, Tensor) or input.is_nested:
+            kind = "nested tensor" if isinstance(input, Tensor) else type(input).__name__
+            raise ValueError(f"lengths and reset_mask are for padded tensors, got a {kind} as input")
+        if input.dim() == 2:
+            if lengths is not None:
+                raise ValueError("lengths is for batched 3-D input, got 2-D input")
+            batch_dim = 0 if self.batch_first else 1
+            if isinstance(reset_mask, Tensor) and reset_mask.dim() == 1:
+                reset_mask = reset_mask.unsqueeze(batch_dim)
+            output, h_n = self._forward_padded(input.unsqueeze(batch_dim), self._batched_hx(hx), None, reset_mask)
+            return output.squeeze(batch_dim), h_n.squeeze(1)
+        if input.dim() != 3:
+            raise ValueError(f"GRU: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        if self.batch_first:
+            input = input.transpose(0, 1)
+        T, B, _ = input.shape
+        if T == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        sizes = torch.full((B,), T, device="cpu") if lengths is None else _checked_lengths(lengths, T, B)
+        if reset_mask is not None:
+            reset_mask = _checked_reset_mask(reset_mask, T, B, self.batch_first)
+        parts = segments(sizes, torch.arange(B, device="cpu"), B, reset_mask, input.device)
+        output, h_n = self._run_segments(input.reshape(T * B, input.size(2)), hx, B, parts)
+        output = output.view(T, B, output.size(1))
+        return (output.transpose(0, 1) if self.batch_first else output), h_n
+
+    def _forward_nested(self, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor]:
+        if input.dim() != 3 or input.size(2) != self.input_size:
+            raise ValueError(
+                f"jagged input has to be of shape [B, lengths, {self.input_size}], got {list(input.shape)}"
+            )
+        nested: Any = input
+        offsets, lengths = nested.offsets(), nested.lengths()
+        sizes = (offsets.diff() if lengths is None else lengths).to("cpu", torch.int64)
+        parts = segments(sizes, offsets[:-1].to("cpu", torch.int64), 1, None, input.device)
+        output, h_n = self._run_segments(input.values(), hx, sizes.numel(), parts)
+        return torch.nested.nested_tensor_from_jagged(output, offsets, lengths), h_n
+
+    def _run_segments(self, flat: Tensor, hx: Tensor | None, batch: int, parts: Segments) -> tuple[Tensor, Tensor]:
+        """Output [rows of ``flat``, D * H], zero where no segment is, and h_n."""
+        directions = 2 if self.bidirectional else 1
+        expected = (self.num_layers * directions, batch, self.hidden_size)
+        if hx is None:
+            hx = torch.zeros(expected, dtype=flat.dtype, device=flat.device)
+        if hx.dim() != 3:
+            raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor")
+        self.check_hidden_size(hx, expected)
+        if hx.device != flat.device:
+            raise RuntimeError(
+                f"Input and hidden tensors are not at the same device, found input tensor at {flat.device} "
+                f"and hidden tensor at {hx.device}"
+            )
+        if parts.row.numel() == 0:
+            return flat.new_zeros(flat.size(0), directions * self.hidden_size), hx
+        states = segment_states(hx, parts, directions)
+        packed, h_n = self._run(flat.index_select(0, parts.positions), states, states.size(1), parts.batch_sizes)
+        output = packed.new_zeros(flat.size(0), packed.size(1)).index_copy(0, parts.positions, packed)
+        return output, batch_states(h_n, hx, parts, directions)
 
     def _forward_packed(self, input: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -91,7 +283,7 @@ class GRU(nn.RNNBase):
         return packed, self.permute_hidden(h_n, unsorted_indices)
 
     def _run(self, input: Tensor, hx: Tensor | None, batch: int, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-        weights = self._weights()
+        weights = self._flat_weights
         expected = (self.num_layers * (2 if self.bidirectional else 1), batch, self.hidden_size)
         if hx is None:
             hx = torch.zeros(expected, dtype=input.dtype, device=input.device)
@@ -102,7 +294,6 @@ class GRU(nn.RNNBase):
             or hx.shape != expected
         ):
             # RNNBase's own checks word the error. They let a foreign dtype pass under autocast, and so do we.
-            self._flat_weights = list(weights)
             self.check_forward_args(input, hx, batch_sizes)
         return ops.gru(
             input,
@@ -128,8 +319,13 @@ class GRUCell(nn.GRUCell):
         ValueError, RuntimeError: nn.GRUCell's, for wrong rank, size, dtype or device.
     """
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _scriptable(self, GRUCell, TorchGRUCell)
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step. See the class for shapes and errors."""
+        if type(input) is not Tensor and isinstance(input, Proxy):
+            return _fx_leaf(self, input, hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"GRUCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None and hx.dim() not in (1, 2):

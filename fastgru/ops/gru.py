@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from fastgru.backends import registry
 from fastgru.backends.reference import gru_differentiable
+from fastgru.ops.onnx import gru_node
 from fastgru.ops.schema import GRU_OPS, TrainFunction, call
 
 # The names ATen prints, which nn.GRU's messages contain.
@@ -83,9 +84,11 @@ def gru(
     ops = GRU_OPS[registry.select(device, dtype).name]
     directions = 2 if bidirectional else 1
     stride = directions * (4 if has_biases else 2)
-    grad_mode = torch.is_grad_enabled()
     transformed = maybe_current_level() is not None or forward_ad._current_level >= 0
     compiling = torch.compiler.is_compiling()
+    # What torch.jit.trace records has to be an operator, and the same one without gradients.
+    records_gates = save_gates and torch.is_grad_enabled() and (compiling or not torch._C._is_tracing())
+    exporting_onnx = compiling and torch.onnx.is_in_onnx_export()
 
     states = []
     x = input
@@ -95,9 +98,11 @@ def gru(
         if not has_biases:
             own = [*own[:2], None, None, *own[2:]]
         arguments: list[Any] = [x, layer_hx, *own, *_NO_TENSORS[len(own) :], batch_sizes]
-        if transformed:
+        if exporting_onnx:
+            x, h_n = gru_node(*arguments)
+        elif transformed:
             x, h_n = gru_differentiable(*arguments)
-        elif not (grad_mode and save_gates and any(t is not None and t.requires_grad for t in arguments)):
+        elif not (records_gates and any(t is not None and t.requires_grad for t in arguments)):
             x, h_n = call(ops.infer, *arguments)
         elif compiling:
             x, h_n, _ = ops.train(*arguments)
