@@ -4,7 +4,8 @@ One operator is one GRU layer, in one or both directions (D = 2 iff ``w_ih_rever
 or packed [N, I] with ``batch_sizes`` (int64 on the CPU, [T], never growing); hx and h_n [D, B, H]; output [T, B, D*H]
 or [N, D*H]; weights as nn.GRU stores them. ``gates`` [D, N, 4*ceil16(H)] is opaque to all but the backend that made it.
 
-The C++ library implements the ``cpu_*`` operators; they exist, and can be traced, without it.
+The C++ library implements the ``cpu_*`` operators; they exist, and can be traced, without it. The ``triton_*``
+operators load Triton when they are first called.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgru.backends import reference
+from fastgru.backends import reference, triton
 
 LIBRARY = torch.library.Library("fastgru", "DEF")
 
@@ -200,12 +201,22 @@ def _define(backend: str) -> GruOps:
     return ops
 
 
-GRU_OPS = {name: _define(name) for name in ("reference", "cpu")}
+GRU_OPS = {name: _define(name) for name in ("reference", "cpu", "triton")}
 
-for _op, _kernel in zip(
-    GRU_OPS["reference"], (reference.gru_differentiable, reference.gru_train, reference.gru_backward), strict=True
+for _name, _kernels, _key in (
+    (
+        "reference",
+        (reference.gru_differentiable, reference.gru_train, reference.gru_backward),
+        "CompositeExplicitAutograd",
+    ),
+    (
+        "triton",
+        (triton.gru_infer, triton.gru_train, triton.gru_backward),
+        "CompositeExplicitAutograd" if triton.INTERPRETED else "CUDA",
+    ),
 ):
-    LIBRARY.impl(_op, _kernel, "CompositeExplicitAutograd")
+    for _op, _kernel in zip(GRU_OPS[_name], _kernels, strict=True):
+        LIBRARY.impl(_op, _kernel, _key)
 
 LIBRARY.define("cpu_isa() -> str")
 LIBRARY.define("cpu_isas() -> str")
