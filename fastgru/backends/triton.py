@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgru.backends import registry
+from fastgru.backends import gpu_table, registry
 from fastgru.backends.reference import gate_stride, outside_autocast, step_sizes, steps_of
 
 #: The oldest Triton whose language the kernels are written in.
@@ -112,6 +112,12 @@ def _supports(device: str, dtype: torch.dtype) -> str | None:
 def _module(name: str) -> ModuleType:
     """A module of kernels. They need Triton, which ``import fastgru`` must not load."""
     return importlib.import_module(f"fastgru.kernels.{name}")
+
+
+def _wins(device: torch.device, dtype: torch.dtype, sizes: registry.Sizes) -> bool:
+    return device.type == "cuda" and gpu_table.triton_wins(
+        gpu_table.architecture(device), gpu_table.precision(dtype), sizes
+    )
 
 
 def _tf32() -> bool:
@@ -320,5 +326,6 @@ registry.register(
         priority=60,
         available=_available,
         supports=_supports,
+        wins=_wins,
     )
 )
