@@ -35,7 +35,10 @@ def test_unknown_name_lists_the_known() -> None:
 
 def test_unknown_name_in_the_environment() -> None:
     result = python(RUN, FASTGRU_BACKEND="gpu")
-    assert "ValueError: FASTGRU_BACKEND: unknown backend 'gpu'; known backends: auto, cpu, cudnn, reference, triton" in result.stderr
+    assert (
+        "ValueError: FASTGRU_BACKEND: unknown backend 'gpu'; known backends: auto, cpu, cudnn, reference, triton"
+        in result.stderr
+    )
 
 
 def test_the_environment_chooses() -> None:
