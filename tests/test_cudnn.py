@@ -115,6 +115,15 @@ def test_table_takes_the_nearest_measurement_within_reach(measured: None, change
     assert gpu_table.triton_wins("sm_90", "bfloat16", SIZES._replace(**change)) is wins
 
 
+def test_table_without_sizes_goes_by_the_majority(measured: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not gpu_table.triton_wins("sm_90", "bfloat16", None)
+    rows = gpu_table._measured()["sm_90"]["bfloat16"]
+    monkeypatch.setattr(gpu_table, "_measured", lambda: {"sm_90": {"bfloat16": rows[:1]}})
+    gpu_table.triton_wins.cache_clear()
+    assert gpu_table.triton_wins("sm_90", "bfloat16", None)
+    assert not gpu_table.triton_wins("sm_80", "bfloat16", None)
+
+
 def test_table_knows_nothing_of_other_machines(measured: None) -> None:
     assert not gpu_table.triton_wins("sm_80", "bfloat16", SIZES)
     assert not gpu_table.triton_wins("sm_90", "float16", SIZES)
@@ -143,7 +152,7 @@ def test_precision_compares_like_with_like() -> None:
 def test_auto_passes_over_a_backend_that_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
     best = registry.Backend(
         name="best", devices=("cpu",), priority=999, available=lambda: None, supports=lambda device, dtype: None,
-        wins=lambda device, dtype, sizes: sizes.hidden > 100,
+        wins=lambda device, dtype, sizes: sizes is not None and sizes.hidden > 100,
     )  # fmt: skip
     monkeypatch.setattr(registry, "_backends", dict(registry._backends))
     registry.register(best)
@@ -156,7 +165,9 @@ def test_auto_passes_over_a_backend_that_does_not_win(monkeypatch: pytest.Monkey
             assert "best: chosen for the sizes at which it was measured to be faster" in fastgru.explain(*place)
             assert f"{usual.name}: chosen for all others" in fastgru.explain(*place)
             module = fastgru.GRU(2, 3, dtype=torch.float64)
-            assert module(torch.randn(4, 1, 2, dtype=torch.float64))[0].shape == (4, 1, 3)
+            x = torch.randn(4, 1, 2, dtype=torch.float64)
+            want = module(x)
+            torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="eager")(x), want)
         with fastgru.use_backend("best"):
             assert registry.fastest(*place, SIZES._replace(hidden=1)).name == "best"
     finally:

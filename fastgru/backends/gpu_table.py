@@ -48,13 +48,15 @@ def precision(dtype: torch.dtype) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def triton_wins(architecture: str, precision: str | None, sizes: Sizes) -> bool:
-    """Whether the measurement nearest to a problem, if one is near enough, has the Triton kernels ahead."""
+def triton_wins(architecture: str, precision: str | None, sizes: Sizes | None) -> bool:
+    """Whether the measurement nearest to a problem, if one is near enough, has the Triton kernels ahead; without sizes,
+    whether most measurements do."""
+    rows = _measured().get(architecture, {}).get(precision or "", [])
+    if sizes is None:
+        return 2 * sum(ours < theirs for *_, ours, theirs in rows) > len(rows)
     kind = (sizes.directions, sizes.training, sizes.packed)
     best = (math.inf, False)
-    for H, B, T, directions, training, packed, ours, theirs in (
-        _measured().get(architecture, {}).get(precision or "", [])
-    ):
+    for H, B, T, directions, training, packed, ours, theirs in rows:
         if (directions, training, packed) == kind:
             steps = [
                 abs(math.log(a / b)) if a and b else math.inf

@@ -39,7 +39,8 @@ class Backend:
         priority: ``auto`` takes the highest that supports the problem.
         available: None, or why it cannot run in this process and the remedy.
         supports: None, or why it does not take tensors of this device type and dtype.
-        wins: where it is not always faster than those of lower priority: whether it is, for one problem.
+        wins: where it is not always faster than those of lower priority: whether it is, for a problem of these sizes,
+            or by and large.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Backend:
     priority: int
     available: Callable[[], str | None]
     supports: Callable[[str, torch.dtype], str | None]
-    wins: Callable[[torch.device, torch.dtype, Sizes], bool] | None = None
+    wins: Callable[[torch.device, torch.dtype, Sizes | None], bool] | None = None
 
     def why_not(self, device: str, dtype: torch.dtype) -> str | None:
         """None when this backend can run the problem, else the reason."""
@@ -142,8 +143,9 @@ def select(device: torch.device | str, dtype: torch.dtype) -> Backend:
     return backend
 
 
-def fastest(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Backend:
-    """As :func:`select`, for a problem whose sizes are known: ``auto`` passes over a backend that does not win it."""
+def fastest(device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> Backend:
+    """As :func:`select`, but ``auto`` passes over a backend that does not win a problem of these sizes. A compiler does
+    not know them: None."""
     best = select(device, dtype)
     if requested() != AUTO:
         return best

@@ -66,7 +66,8 @@ def plan(hidden: int, batch: int, directions: int, dtype: torch.dtype, tf32: boo
         "PRECISION": precision,
     }
     width = max(16, 1 << (hidden - 1).bit_length())
-    if width <= _RESIDENT[dtype, precision]:
+    # A compute unit of AMD's has 64 KiB of local memory, where a multiprocessor has 163 at the least.
+    if width <= _RESIDENT[dtype, precision] // (1 if torch.version.hip is None else 2):
         constants |= {"BLOCK_B": 16, "BLOCK_H": width}
         warps = max(4, width * dtype.itemsize // 32)
         return Plan(True, constants, {"num_warps": warps, "num_stages": 1, **_OPTIONS})
@@ -114,7 +115,8 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"fastgru.kernels.{name}")
 
 
-def _wins(device: torch.device, dtype: torch.dtype, sizes: registry.Sizes) -> bool:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _wins(device: torch.device, dtype: torch.dtype, sizes: registry.Sizes | None) -> bool:
     return device.type == "cuda" and gpu_table.triton_wins(
         gpu_table.architecture(device), gpu_table.precision(dtype), sizes
     )

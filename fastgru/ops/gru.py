@@ -86,10 +86,12 @@ def gru(
     transformed = maybe_current_level() is not None or forward_ad._current_level >= 0
     compiling = torch.compiler.is_compiling()
     backend = registry.select(device, dtype)
-    if backend.wins is not None and not compiling:
-        steps = input.size(0) if batch_sizes is None else batch_sizes.size(0)
-        training = grad_mode and any(t.requires_grad for t in (input, hx, *weights))
-        sizes = registry.Sizes(hx.size(2), hx.size(1), steps, directions, training, batch_sizes is not None)
+    if backend.wins is not None:
+        sizes = None
+        if not compiling:
+            steps = input.size(0) if batch_sizes is None else batch_sizes.size(0)
+            training = grad_mode and any(t.requires_grad for t in (input, hx, *weights))
+            sizes = registry.Sizes(hx.size(2), hx.size(1), steps, directions, training, batch_sizes is not None)
         backend = registry.fastest(device, dtype, sizes)
     ops = GRU_OPS[backend.name]
 
