@@ -202,6 +202,48 @@ def test_why_it_cannot_run_and_the_remedy() -> None:
         fastgru.use_backend("triton")
 
 
+@pytest.mark.skipif(backend._missing() is not None or backend.INTERPRETED, reason="needs Triton, not its interpreter")
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_launch_passes_what_the_first_one_did(monkeypatch: pytest.MonkeyPatch, backward: bool) -> None:
+    from fastgru.kernels import gru_bwd, gru_fwd
+
+    names = (gru_bwd.gru_backward_step if backward else gru_fwd.gru_forward_step).arg_names
+    calls: list[dict[str, Any]] = []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            assert grid == (1, 5, 2)
+            return lambda *args, stream: calls.append(dict(zip(names, args, strict=True)) | {"stream": stream})
+
+    class Kernel:
+        arg_names = names
+
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            def first(
+                *args: Any, num_warps: int, num_stages: int, enable_fp_fusion: bool, **constants: Any
+            ) -> Compiled:
+                given = names[: len(args)]
+                assert set(constants) == set(names) - set(given)
+                calls.append(dict(zip(given, args, strict=True)) | constants | {"stream": 17})
+                return Compiled()
+
+            return first
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 17}))
+    work = backend._Layer(*layer(66, True, True))
+    tensors = tuple(name for name in names if name.endswith("_ptr"))
+    work.each_step(Kernel(), tensors, work.plan(), backward)
+    scalars = ("row_0", "size_0", "last_row_0", "last_size_0", "row_1", "size_1", "last_row_1", "last_size_1")
+    forward = [(0, 3, 0, 0, 7, 1, 0, 0), (3, 2, 0, 3, 5, 2, 7, 1), (5, 2, 3, 2, 3, 2, 5, 2), (7, 1, 5, 2, 0, 3, 3, 2)]
+    reverse = [(7, 1, 0, 0, 0, 3, 0, 0), (5, 2, 7, 1, 3, 2, 0, 3), (3, 2, 5, 2, 5, 2, 3, 2), (0, 3, 3, 2, 7, 1, 5, 2)]
+    want = [*reverse, (0, 0, 0, 3, 0, 0, 7, 1)] if backward else forward
+    assert [tuple(call[name] for name in scalars) for call in calls] == want
+    same = [{name: value for name, value in call.items() if name not in scalars} for call in calls]
+    assert all(one == same[0] for one in same)
+    assert all(same[0][name] == name for name in tensors)
+    assert (same[0]["B"], same[0]["N"], same[0]["H"], same[0]["D"]) == (3, 8, 66, 2)
+
+
 @gpu
 @pytest.mark.parametrize("H", [64, 256])
 def test_captured_in_a_cuda_graph_without_a_synchronisation(chosen: None, H: int) -> None:
