@@ -19,6 +19,9 @@ from fastgru.backends import triton as backend
 from fastgru.ops.schema import GRU_OPS
 from fastgru.testing import GruProblem, assert_parity
 
+# conftest.py asks for deterministic algorithms, and then cuBLAS wants this.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU and not backend.INTERPRETED else "cpu"
 RUNS_HERE = HAS_GPU or backend.INTERPRETED

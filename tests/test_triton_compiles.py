@@ -55,13 +55,10 @@ def assert_fits(kernel: Any, arch: int, folder: Path) -> str:
 BRAIN, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
 CASES = [
     # H, B, dtype, TF32, architecture
-    (128, 16, BRAIN, False, 80),
     (128, 16, BRAIN, False, 90),
     (128, 16, HALF, False, 100),
     (64, 16, SINGLE, False, 80),
-    (64, 16, SINGLE, True, 90),
     (512, 16, BRAIN, False, 90),
-    (1024, 64, BRAIN, False, 90),
     (768, 256, HALF, False, 80),
     (1024, 256, BRAIN, False, 90),
     (512, 256, BRAIN, False, 100),

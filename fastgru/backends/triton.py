@@ -115,11 +115,14 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"fastgru.kernels.{name}")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _wins(device: torch.device, dtype: torch.dtype, sizes: registry.Sizes | None) -> bool:
     return device.type == "cuda" and gpu_table.triton_wins(
         gpu_table.architecture(device), gpu_table.precision(dtype), sizes
     )
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler.
+_wins._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _tf32() -> bool:
@@ -303,12 +306,11 @@ def gru_backward(
     if carry is not None:
         grad_hx.copy_(carry)
 
-    nothing = input.new_empty(0)
     grad_i, grad_g = grad_gates.split([3 * directions * hidden, directions * hidden], dim=1)
-    grad_input = (grad_i @ layer.w_ih).view(input.shape) if need_input_grad else nothing
+    grad_input = (grad_i @ layer.w_ih).view(input.shape) if need_input_grad else input.new_empty(0)
     if not need_weight_grad:
         return grad_input, grad_hx, *(input.new_empty(0) for _ in range(4))  # type: ignore[return-value]
-    grad_w_ih = (grad_i.t() @ layer.input).view(directions, 3 * hidden, -1)
+    grad_w_ih = (grad_i.t() @ layer.input).view(directions, 3 * hidden, layer.input.size(1))
     grad_w_hh = torch.empty_like(layer.w_hh)
     for direction in range(directions):
         h = previous[:, direction]
