@@ -25,7 +25,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def _outside_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def outside_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """An operator gets its dtypes chosen; autocast must not cast the products it is made of."""
 
     @functools.wraps(function)
@@ -48,7 +48,12 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALF else tensor
 
 
-def _step_sizes(input: Tensor, hx: Tensor, batch_sizes: Tensor | None) -> list[int]:
+def step_sizes(input: Tensor, hx: Tensor, batch_sizes: Tensor | None) -> list[int]:
+    """Number of rows of each step.
+
+    Raises:
+        RuntimeError: batch_sizes do not describe the packed input.
+    """
     if batch_sizes is None:
         return [input.size(1)] * input.size(0)
     sizes: list[int] = batch_sizes.tolist()
@@ -60,7 +65,7 @@ def _step_sizes(input: Tensor, hx: Tensor, batch_sizes: Tensor | None) -> list[i
     return sizes
 
 
-def _steps(sizes: list[int], reverse: bool) -> Iterator[tuple[int, int]]:
+def steps_of(sizes: list[int], reverse: bool) -> Iterator[tuple[int, int]]:
     """(first row, number of rows) of each step, in the order of the recurrence."""
     row = sum(sizes) if reverse else 0
     for size in reversed(sizes) if reverse else sizes:
@@ -79,12 +84,12 @@ def _directions(*weights: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | 
     return groups
 
 
-@_outside_autocast
+@outside_autocast
 def _forward(
     input: Tensor, hx: Tensor, weights: tuple[Tensor | None, ...], batch_sizes: Tensor | None
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
     """Output, h_n and, for each direction, (r, z, n, g_n) as [N, H]. Every operation is differentiable by autograd."""
-    sizes = _step_sizes(input, hx, batch_sizes)
+    sizes = step_sizes(input, hx, batch_sizes)
     x = _wide(input).reshape(-1, input.size(-1))
     batch, hidden = hx.size(1), hx.size(2)
     outputs, states, gates = [], [], []
@@ -92,7 +97,7 @@ def _forward(
         projected = F.linear(x, w_ih, b_ih)
         h = _wide(hx[direction])
         steps = []
-        for row, size in _steps(sizes, reverse=direction == 1):
+        for row, size in steps_of(sizes, reverse=direction == 1):
             previous = h[:size]
             i_rz, i_n = projected[row : row + size].split([2 * hidden, hidden], dim=1)
             g_rz, g_n = F.linear(previous, w_hh, b_hh).split([2 * hidden, hidden], dim=1)
@@ -144,7 +149,7 @@ def gru_train(input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tensor | None
     return output, h_n, gates.flatten(2)
 
 
-@_outside_autocast
+@outside_autocast
 def gru_backward(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
@@ -175,7 +180,7 @@ def gru_backward(
     if gates is None:
         weights_and_sizes = (w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, batch_sizes)
         _, _, gates = gru_train(input, hx, w_ih, w_hh, b_ih, b_hh, *weights_and_sizes)
-    sizes = _step_sizes(input, hx, batch_sizes)
+    sizes = step_sizes(input, hx, batch_sizes)
     x = _wide(input).reshape(-1, input.size(-1))
     directions, _, hidden = hx.shape
     wide_output = _wide(output).reshape(-1, directions, hidden)
@@ -186,7 +191,7 @@ def gru_backward(
     grad_x = torch.zeros_like(x)
     per_direction = []
     for direction, (w_ih_d, w_hh_d, _, _) in enumerate(weights):
-        order = list(_steps(sizes, reverse=direction == 1))
+        order = list(steps_of(sizes, reverse=direction == 1))
         h0 = _wide(hx[direction])
         r, z, n, g_n = wide_gates[direction].unbind(1)
         previous = _previous_states(wide_output[:, direction], h0, order)

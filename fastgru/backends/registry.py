@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,17 @@ AUTO = "auto"
 
 class BackendUnavailable(RuntimeError):  # noqa: N818 (a public name that reads as what it says)
     """The backend asked for cannot run here. The message holds the reason and the remedy."""
+
+
+class Sizes(NamedTuple):
+    """What, beside device and dtype, decides which backend is faster for a layer."""
+
+    hidden: int
+    batch: int
+    steps: int
+    directions: int
+    training: bool
+    packed: bool
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,8 @@ class Backend:
         priority: ``auto`` takes the highest that supports the problem.
         available: None, or why it cannot run in this process and the remedy.
         supports: None, or why it does not take tensors of this device type and dtype.
+        wins: where it is not always faster than those of lower priority: whether it is, for a problem of these sizes,
+            or by and large.
     """
 
     name: str
@@ -34,6 +48,7 @@ class Backend:
     priority: int
     available: Callable[[], str | None]
     supports: Callable[[str, torch.dtype], str | None]
+    wins: Callable[[torch.device, torch.dtype, Sizes | None], bool] | None = None
 
     def why_not(self, device: str, dtype: torch.dtype) -> str | None:
         """None when this backend can run the problem, else the reason."""
@@ -128,6 +143,16 @@ def select(device: torch.device | str, dtype: torch.dtype) -> Backend:
     return backend
 
 
+def fastest(device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> Backend:
+    """As :func:`select`, but ``auto`` passes over a backend that does not win a problem of these sizes. A compiler does
+    not know them: None."""
+    best = select(device, dtype)
+    if requested() != AUTO:
+        return best
+    usable = [b for b in backends() if b.priority <= best.priority and b.why_not(device.type, dtype) is None]
+    return next((b for b in usable if b.wins is None or b.wins(device, dtype, sizes)), best)
+
+
 def _choose(device_or_type: torch.device | str, dtype: torch.dtype) -> Backend:
     device = torch.device(device_or_type).type
     name = requested()
@@ -162,12 +187,16 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
     name = requested()
     lines = [f"{dtype} on {device_type}, backend asked for: {name}"]
     taken = False
+    verdict = "chosen"
     for backend in backends():
         reason = backend.why_not(device_type, dtype)
         if reason is None and name not in (AUTO, backend.name):
             reason = f"{name!r} was asked for"
         if reason is None and taken:
             reason = "a faster one is chosen"
-        taken = taken or reason is None
-        lines.append(f"  {backend.name}: {'chosen' if reason is None else 'not used: ' + reason}")
+        by_size = reason is None and name == AUTO and backend.wins is not None
+        taken = taken or (reason is None and not by_size)
+        note = f"{verdict} for the sizes at which it was measured to be faster" if by_size else verdict
+        lines.append(f"  {backend.name}: {note if reason is None else 'not used: ' + reason}")
+        verdict = "chosen for all others" if by_size else verdict
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from fastgru.backends import registry
 from fastgru.backends.reference import gru_differentiable
 from fastgru.ops.onnx import gru_node
-from fastgru.ops.schema import GRU_OPS, TrainFunction, call
+from fastgru.ops.schema import EAGER_FUNCTIONS, GRU_OPS, TrainFunction, call
 
 # The names ATen prints, which nn.GRU's messages contain.
 _ATEN_NAMES = {
@@ -81,7 +81,6 @@ def gru(
             input = input.transpose(0, 1)
         if input.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    ops = GRU_OPS[registry.select(device, dtype).name]
     directions = 2 if bidirectional else 1
     stride = directions * (4 if has_biases else 2)
     transformed = maybe_current_level() is not None or forward_ad._current_level >= 0
@@ -89,6 +88,15 @@ def gru(
     # What torch.jit.trace records has to be an operator, and the same one without gradients.
     records_gates = save_gates and torch.is_grad_enabled() and (compiling or not torch._C._is_tracing())
     exporting_onnx = compiling and torch.onnx.is_in_onnx_export()
+    backend = registry.select(device, dtype)
+    if backend.wins is not None:
+        sizes = None
+        if not compiling:
+            steps = input.size(0) if batch_sizes is None else batch_sizes.size(0)
+            training = torch.is_grad_enabled() and any(t.requires_grad for t in (input, hx, *weights))
+            sizes = registry.Sizes(hx.size(2), hx.size(1), steps, directions, training, batch_sizes is not None)
+        backend = registry.fastest(device, dtype, sizes)
+    ops = GRU_OPS[backend.name]
 
     states = []
     x = input
@@ -107,7 +115,8 @@ def gru(
         elif compiling:
             x, h_n, _ = ops.train(*arguments)
         else:
-            x, h_n = TrainFunction.apply(ops, *arguments)  # type: ignore[no-untyped-call]
+            function = EAGER_FUNCTIONS.get(backend.name, TrainFunction)
+            x, h_n = function.apply(ops, *arguments)
         states.append(h_n)
         if dropout > 0 and train and layer + 1 < num_layers:
             x = F.dropout(x, dropout, True)

@@ -2,9 +2,11 @@
 
 One operator is one GRU layer, in one or both directions (D = 2 iff ``w_ih_reverse`` is given). Shapes: input [T, B, I],
 or packed [N, I] with ``batch_sizes`` (int64 on the CPU, [T], never growing); hx and h_n [D, B, H]; output [T, B, D*H]
-or [N, D*H]; weights as nn.GRU stores them. ``gates`` [D, N, 4*ceil16(H)] is opaque to all but the backend that made it.
+or [N, D*H]; weights as nn.GRU stores them. ``gates`` [D, N, 4*ceil16(H)], of ``cudnn`` [0], is opaque to all but the
+backend that made it.
 
-The C++ library implements the ``cpu_*`` operators; they exist, and can be traced, without it.
+The C++ library implements the ``cpu_*`` operators; they exist, and can be traced, without it. The ``triton_*``
+operators load Triton when they are first called.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgru.backends import reference
+from fastgru.backends import cudnn, reference, triton
 
 LIBRARY = torch.library.Library("fastgru", "DEF")
 
@@ -42,6 +44,10 @@ def _fake_train(input: Tensor, hx: Tensor, *rest: Tensor | None) -> tuple[Tensor
     output, h_n = _fake_infer(input, hx)
     rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
     return output, h_n, input.new_empty(hx.shape[0], rows, 4 * reference.gate_stride(hx.shape[2]))
+
+
+def _fake_train_without_gates(input: Tensor, hx: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake_infer(input, hx), input.new_empty(0)
 
 
 def _fake_backward(
@@ -138,6 +144,30 @@ class TrainFunction(torch.autograd.Function):
         return None, *_run_backward(ctx.ops, ctx.needs_input_grad[1:11], grads, tuple(inputs), output, gates)
 
 
+class KeptGraphFunction(torch.autograd.Function):
+    """The train operator of a library that keeps what its backward needs to itself: for eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: GruOps, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        outputs, leaves = cudnn.keep_graph(*inputs)  # type: ignore[arg-type]
+        ctx.set_materialize_grads(False)
+        ctx.ops, ctx.graph = ops, (outputs, leaves)
+        output, h_n = (t.detach() for t in outputs)
+        ctx.save_for_backward(*inputs, output)
+        return output, h_n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, output = ctx.saved_tensors
+        need = ctx.needs_input_grad[1:11]
+        if torch.is_grad_enabled():
+            # Torch's operator cannot be differentiated twice; the backward operator can.
+            return None, *_run_backward(ctx.ops, need, grads, tuple(inputs), output, None)
+        outputs, leaves = ctx.graph
+        found = cudnn.differentiate(outputs, leaves, grads)
+        return None, *(grad if wanted else None for grad, wanted in zip(found, need, strict=True)), None
+
+
 def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradient of the backward operator, total in grad_output, grad_h_n, input, hx and the weights.
 
@@ -176,7 +206,7 @@ def _grad(
     return [None if t is None else next(grads) for t in inputs]
 
 
-def _define(backend: str) -> GruOps:
+def _define(backend: str, fake_train: Callable[..., Any] = _fake_train) -> GruOps:
     infer, train, backward = (f"{backend}_gru_{kind}" for kind in ("infer", "train", "backward"))
     LIBRARY.define(f"{infer}({_LAYER}) -> (Tensor output, Tensor h_n)", tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.define(f"{train}({_LAYER}) -> (Tensor output, Tensor h_n, Tensor gates)", tags=torch.Tag.pt2_compliant_tag)
@@ -188,7 +218,7 @@ def _define(backend: str) -> GruOps:
     )
     namespace = torch.ops.fastgru
     ops = GruOps(*(getattr(namespace, name).default for name in (infer, train, backward)))
-    fakes: tuple[Callable[..., Any], ...] = (_fake_infer, _fake_train, _fake_backward)
+    fakes: tuple[Callable[..., Any], ...] = (_fake_infer, fake_train, _fake_backward)
     for op, fake in zip(ops, fakes, strict=True):
         torch.library.register_fake(op, fake, lib=LIBRARY)
     for op, save, differentiate in (
@@ -200,12 +230,27 @@ def _define(backend: str) -> GruOps:
     return ops
 
 
-GRU_OPS = {name: _define(name) for name in ("reference", "cpu")}
+GRU_OPS = {name: _define(name) for name in ("reference", "cpu", "triton")}
+GRU_OPS["cudnn"] = _define("cudnn", _fake_train_without_gates)
 
-for _op, _kernel in zip(
-    GRU_OPS["reference"], (reference.gru_differentiable, reference.gru_train, reference.gru_backward), strict=True
+#: What stands for the train operator in eager mode; for all others TrainFunction.
+EAGER_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {"cudnn": KeptGraphFunction}
+
+for _name, _kernels, _key in (
+    (
+        "reference",
+        (reference.gru_differentiable, reference.gru_train, reference.gru_backward),
+        "CompositeExplicitAutograd",
+    ),
+    ("cudnn", (cudnn.gru_infer, cudnn.gru_train, cudnn.gru_backward), "CompositeExplicitAutograd"),
+    (
+        "triton",
+        (triton.gru_infer, triton.gru_train, triton.gru_backward),
+        "CompositeExplicitAutograd" if triton.INTERPRETED else "CUDA",
+    ),
 ):
-    LIBRARY.impl(_op, _kernel, "CompositeExplicitAutograd")
+    for _op, _kernel in zip(GRU_OPS[_name], _kernels, strict=True):
+        LIBRARY.impl(_op, _kernel, _key)
 
 LIBRARY.define("cpu_isa() -> str")
 LIBRARY.define("cpu_isas() -> str")

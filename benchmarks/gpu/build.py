@@ -1,0 +1,61 @@
+"""Stage 1: compile every kernel that the other stages use for the GPU at hand, and write down what came of it.
+
+    python benchmarks/gpu/build.py [--out DIR]
+
+One entry per kernel variant: registers per thread, bytes spilled, shared memory, and the time of the first call.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import stage
+import torch
+
+import fastgru
+
+
+def variants(names: set[int]) -> list[tuple[str, Any]]:
+    """Compiled kernels that are not in ``names`` yet, which holds their ids."""
+    from fastgru.kernels import gru_bwd, gru_cell, gru_fwd
+
+    kernels = [value for module in (gru_fwd, gru_bwd, gru_cell) for value in vars(module).values()]
+    found = []
+    for kernel in kernels:
+        for caches in getattr(kernel, "device_caches", {}).values():
+            found += [(kernel.__name__, one) for one in caches[0].values() if id(one) not in names]
+    names.update(id(one) for _, one in found)
+    return found
+
+
+def main() -> None:
+    arguments = stage.parser(__doc__).parse_args()
+    stage.require_gpu()
+    record = stage.Record("build", arguments.out, arguments.minutes)
+    fastgru.use_backend("triton")
+    seen: set[int] = set()
+    for precision in stage.PRECISIONS:
+        dtype = stage.set_precision(precision)
+        for hidden in (64, 128, 192, 256, 512, 768, 1024):
+            for batch in (16, 32, 64, 256):
+                if record.late(f"{precision} H={hidden} B={batch}"):
+                    continue
+                module = fastgru.GRU(hidden, hidden, device="cuda", dtype=dtype)
+                start = time.perf_counter()
+                module(torch.randn(2, batch, hidden, device="cuda", dtype=dtype))[0].sum().backward()
+                torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+                for name, kernel in variants(seen):
+                    record.add(
+                        kernel=name, precision=precision, H=hidden, B=batch, first_call_seconds=seconds,
+                        registers=kernel.n_regs, spills=kernel.n_spills, shared=kernel.metadata.shared,
+                        warps=kernel.metadata.num_warps,
+                    )  # fmt: skip
+    record.set(finished=True)
+    spilled = [entry for entry in record.content["entries"] if entry["spills"]]
+    print(f"{len(record.content['entries'])} kernels, {len(spilled)} of them spill; written to {record.path}")
+
+
+if __name__ == "__main__":
+    main()

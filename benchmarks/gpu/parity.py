@@ -1,0 +1,115 @@
+"""Stage 2: every test of the GRU on the GPU, and compute-sanitizer on small shapes.
+
+    python benchmarks/gpu/parity.py [--out DIR]
+
+1. The tests of the GPU backends (pytest).
+2. The problems of tests/test_gru_parity.py, all pairs of their settings, under the rule of fastgru.testing: outputs and
+   every gradient, with the gates saved and recomputed. float32 with TF32 off everywhere, then with TF32 on everywhere.
+3. memcheck and racecheck, where compute-sanitizer is installed.
+
+Ends with status 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import stage
+import torch
+
+import fastgru
+from fastgru.testing import GruProblem, parity
+
+SMALL = """
+import torch, fastgru
+from torch.nn.utils.rnn import pack_padded_sequence
+fastgru.use_backend("triton")
+for hidden in (20, 64, 160):
+    for dtype in (torch.bfloat16, torch.float32):
+        module = fastgru.GRU(8, hidden, bidirectional=True, device="cuda", dtype=dtype)
+        x = torch.randn(3, 5, 8, device="cuda", dtype=dtype)
+        module(x)[0].sum().backward()
+        module(pack_padded_sequence(x, [3, 1, 2, 1, 1], enforce_sorted=False))[0].data.sum().backward()
+torch.cuda.synchronize()
+"""
+
+
+def run_tests(record: stage.Record) -> bool:
+    files = [
+        str(stage.ROOT / "tests" / name) for name in ("test_triton.py", "test_triton_compiles.py", "test_cudnn.py")
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
+    done = subprocess.run(command, cwd=stage.ROOT, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    record.add(
+        check="pytest", ok=done.returncode == 0, summary=lines[-1] if lines else done.stderr[-2000:],
+        failed=[line for line in lines if line.startswith(("FAILED", "ERROR"))],
+    )  # fmt: skip
+    return done.returncode == 0
+
+
+def problems() -> list[GruProblem]:
+    path = stage.ROOT / "tests" / "test_gru_parity.py"
+    spec = importlib.util.spec_from_file_location("gru_problems", path)
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return [dataclasses.replace(problem, device="cuda") for problem in module.SELECTION + module.LARGER]
+
+
+def check_problems(record: stage.Record) -> bool:
+    fine = True
+    for problem in problems():
+        name = str(problem.dtype).removeprefix("torch.")
+        for precision in ["float32", "tf32"] if name == "float32" else [name]:
+            if precision in stage.PRECISIONS:
+                stage.set_precision(precision)
+            for backend in ("triton", "cudnn"):
+                if backend == "triton" and problem.dtype == torch.float64:
+                    continue
+                what = f"{backend} {precision} {problem}"
+                if record.late(what):
+                    continue
+                with fastgru.use_backend(backend):
+                    found = [c for save_gates in (True, False) for c in parity(problem, save_gates)]
+                broken = [str(c) for c in found if not c.ok]
+                fine &= not broken
+                record.add(check=what, ok=not broken, failed=broken)
+    return fine
+
+
+def sanitize(record: stage.Record) -> bool:
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    fine = True
+    for check in ("memcheck", "racecheck"):
+        if not Path(tool).exists():
+            record.content["left_out"].append(f"{check}: compute-sanitizer is not installed")
+            continue
+        if record.late(check):
+            continue
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", SMALL]
+        done = subprocess.run(command, cwd=stage.ROOT, capture_output=True, text=True, check=False)
+        fine &= done.returncode == 0
+        record.add(check=check, ok=done.returncode == 0, summary=(done.stdout + done.stderr)[-2000:])
+    return fine
+
+
+def main() -> int:
+    arguments = stage.parser(__doc__).parse_args()
+    stage.require_gpu()
+    record = stage.Record("parity", arguments.out, arguments.minutes)
+    fine = [check(record) for check in (run_tests, check_problems, sanitize)]
+    record.set(ok=all(fine), finished=True)
+    left_out = len(record.content["left_out"])
+    print(f"{'everything that ran passed' if all(fine) else 'FAILED'}, {left_out} left out; written to {record.path}")
+    return 0 if all(fine) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""What the stages on a GPU share: their arguments, the check that there is a GPU, and the record they leave."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgru.cli import _machine
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PRECISIONS = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "tf32": torch.float32,
+    "float32": torch.float32,
+}
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON record (default: %(default)s)")
+    made.add_argument("--minutes", type=float, default=9.0, help="start nothing new after this (default: %(default)s)")
+    return made
+
+
+def require_gpu() -> None:
+    """Ends the program, with the reason, where there is no GPU."""
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            f"this stage needs a GPU, and torch {torch.__version__} finds none; check the driver, "
+            "CUDA_VISIBLE_DEVICES, and that torch is built for the GPU"
+        )
+
+
+def set_precision(name: str) -> torch.dtype:
+    """The dtype of a precision, with TF32 on or off in every library."""
+    mode = "tf32" if name == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = mode
+    torch.backends.cudnn.rnn.fp32_precision = mode
+    return PRECISIONS[name]
+
+
+class Record:
+    """A JSON file that is written after every entry, so that a stage cut short leaves what it has measured."""
+
+    def __init__(self, stage: str, out: Path, minutes: float) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / f"gpu_{stage}.json"
+        self.end = time.monotonic() + 60 * minutes
+        properties = torch.cuda.get_device_properties(0)
+        self.content: dict[str, Any] = {
+            "schema": 1,
+            "stage": stage,
+            "versions": {**_machine.versions(), "cudnn": torch.backends.cudnn.version()},
+            "commit": _machine.commit(),
+            "machine": _machine.machine(),
+            "gpu": {
+                "name": properties.name,
+                "multiprocessors": properties.multi_processor_count,
+                "memory_bytes": properties.total_memory,
+            },
+            "left_out": [],
+            "entries": [],
+        }
+
+    def set(self, **values: Any) -> None:
+        self.content.update(values)
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+    def add(self, **entry: Any) -> None:
+        self.content["entries"].append(entry)
+        self.set()
+        print(json.dumps(entry), flush=True)
+
+    def late(self, what: str) -> bool:
+        """Whether the time is up; then ``what`` is listed as not measured."""
+        if time.monotonic() < self.end:
+            return False
+        self.content["left_out"].append(what)
+        self.set()
+        return True

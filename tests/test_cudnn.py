@@ -1,0 +1,175 @@
+"""nn.GRU's own kernels behind our operators. They are the same code on the CPU but for the library that computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastgru
+from fastgru.backends import gpu_table, registry
+from fastgru.ops.schema import GRU_OPS, KeptGraphFunction
+
+CASES = [
+    (packed, bidirectional, bias) for packed in (False, True) for bidirectional, bias in ((True, True), (False, False))
+]
+
+
+def layer(packed: bool, bidirectional: bool, bias: bool, requires_grad: bool = False) -> list[Tensor | None]:
+    """The arguments of a forward operator."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, requires_grad=requires_grad)
+
+    weights: list[Tensor | None] = []
+    for _ in range(2 if bidirectional else 1):
+        weights += [draw(21, 5), draw(21, 7), *([draw(21), draw(21)] if bias else [None, None])]
+    weights += [None] * (8 - len(weights))
+    sizes = torch.tensor([3, 2, 2, 1]) if packed else None
+    return [draw(8, 5) if packed else draw(4, 3, 5), draw(2 if bidirectional else 1, 3, 7), *weights, sizes]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+class TestOperators:
+    def test_opcheck(self, case: tuple[bool, bool, bool]) -> None:
+        ops = GRU_OPS["cudnn"]
+        arguments = layer(*case)
+        output, h_n, gates = ops.train(*arguments)
+        torch.library.opcheck(ops.infer, tuple(arguments))
+        torch.library.opcheck(ops.train, tuple(layer(*case, requires_grad=True)))
+        for needs in ((True, True), (False, True), (True, False)):
+            torch.library.opcheck(ops.backward, (output, h_n, *arguments, output, gates, *needs))
+
+    @pytest.mark.parametrize("absent", [None, 0, 1])
+    def test_numbers_of_the_reference(self, case: tuple[bool, bool, bool], absent: int | None) -> None:
+        ours, reference = GRU_OPS["cudnn"], GRU_OPS["reference"]
+        arguments = layer(*case)
+        output, h_n, gates = ours.train(*arguments)
+        want = reference.train(*arguments)
+        torch.testing.assert_close((output, h_n), want[:2])
+        seeds = [None if absent == i else torch.randn_like(t) for i, t in enumerate((output, h_n))]
+        got = ours.backward(*seeds, *arguments, output, gates, True, True)
+        wanted = reference.backward(*seeds, *arguments, *want[::2], True, True)
+        # Without biases nobody reads their gradients.
+        present = slice(None) if case[2] else slice(4)
+        torch.testing.assert_close(got[present], wanted[present])
+
+    def test_kept_graph(self, case: tuple[bool, bool, bool]) -> None:
+        arguments = layer(*case, requires_grad=True)
+        leaves = [t for t in arguments[:-1] if t is not None]
+
+        def derivatives(run: Callable[[], tuple[Tensor, Tensor]]) -> Any:
+            output, h_n = run()
+            loss = output.sin().sum() + h_n.cos().sum()
+            plain = torch.autograd.grad(loss, leaves, retain_graph=True)
+            again = torch.autograd.grad(loss, leaves, create_graph=True)
+            return plain, again, torch.autograd.grad(sum(g.sin().sum() for g in again), leaves)
+
+        torch.testing.assert_close(
+            derivatives(lambda: KeptGraphFunction.apply(GRU_OPS["cudnn"], *arguments)),
+            derivatives(lambda: GRU_OPS["reference"].train(*arguments)[:2]),
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it can run here")
+def test_why_it_cannot_run_and_the_remedy() -> None:
+    with pytest.raises(
+        fastgru.BackendUnavailable, match=r"backend 'cudnn' cannot run: torch finds no usable GPU; check"
+    ):
+        fastgru.use_backend("cudnn")
+
+
+SIZES = registry.Sizes(hidden=256, batch=32, steps=512, directions=1, training=True, packed=False)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table in which Triton wins H = 256 and loses H = 1024."""
+    rows = [[256, 32, 512, 1, True, False, 1.0, 2.0], [1024, 32, 512, 1, True, False, 2.0, 1.0]]
+    monkeypatch.setattr(gpu_table, "_measured", lambda: {"sm_90": {"bfloat16": rows}})
+    gpu_table.triton_wins.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "change, wins",
+    [
+        ({}, True),
+        ({"hidden": 384}, True),
+        ({"hidden": 768}, False),
+        ({"hidden": 1024}, False),
+        ({"hidden": 100}, False),
+        ({"batch": 64}, True),
+        ({"batch": 65}, False),
+        ({"steps": 200}, False),
+        ({"training": False}, False),
+        ({"packed": True}, False),
+        ({"directions": 2}, False),
+        ({"batch": 0}, False),
+    ],
+    ids=str,
+)
+def test_table_takes_the_nearest_measurement_within_reach(measured: None, change: dict[str, int], wins: bool) -> None:
+    assert gpu_table.triton_wins("sm_90", "bfloat16", SIZES._replace(**change)) is wins
+
+
+def test_table_without_sizes_goes_by_the_majority(measured: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not gpu_table.triton_wins("sm_90", "bfloat16", None)
+    rows = gpu_table._measured()["sm_90"]["bfloat16"]
+    monkeypatch.setattr(gpu_table, "_measured", lambda: {"sm_90": {"bfloat16": rows[:1]}})
+    gpu_table.triton_wins.cache_clear()
+    assert gpu_table.triton_wins("sm_90", "bfloat16", None)
+    assert not gpu_table.triton_wins("sm_80", "bfloat16", None)
+
+
+def test_table_knows_nothing_of_other_machines(measured: None) -> None:
+    assert not gpu_table.triton_wins("sm_80", "bfloat16", SIZES)
+    assert not gpu_table.triton_wins("sm_90", "float16", SIZES)
+    assert not gpu_table.triton_wins("sm_90", None, SIZES)
+
+
+def test_shipped_table_is_sound() -> None:
+    for table in gpu_table._measured.__wrapped__().values():
+        for rows in table.values():
+            assert rows
+            assert all(len(row) == 8 and min(row[-2:]) > 0 for row in rows)
+
+
+def test_precision_compares_like_with_like() -> None:
+    assert gpu_table.precision(torch.bfloat16) == "bfloat16"
+    matmul, rnn = torch.backends.cuda.matmul, torch.backends.cudnn.rnn
+    before = matmul.fp32_precision, rnn.fp32_precision
+    try:
+        for ours, theirs, name in (("ieee", "ieee", "float32"), ("tf32", "tf32", "tf32"), ("ieee", "tf32", None)):
+            matmul.fp32_precision, rnn.fp32_precision = ours, theirs
+            assert gpu_table.precision(torch.float32) == name
+    finally:
+        matmul.fp32_precision, rnn.fp32_precision = before
+
+
+def test_auto_passes_over_a_backend_that_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = registry.Backend(
+        name="best", devices=("cpu",), priority=999, available=lambda: None, supports=lambda device, dtype: None,
+        wins=lambda device, dtype, sizes: sizes is not None and sizes.hidden > 100,
+    )  # fmt: skip
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    registry.register(best)
+    place = torch.device("cpu"), torch.float64
+    try:
+        with fastgru.use_backend("auto"):
+            usual = registry.fastest(*place, SIZES._replace(hidden=1))
+            assert usual.name != "best"
+            assert registry.fastest(*place, SIZES).name == "best"
+            assert "best: chosen for the sizes at which it was measured to be faster" in fastgru.explain(*place)
+            assert f"{usual.name}: chosen for all others" in fastgru.explain(*place)
+            module = fastgru.GRU(2, 3, dtype=torch.float64)
+            x = torch.randn(4, 1, 2, dtype=torch.float64)
+            want = module(x)
+            torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="eager")(x), want)
+        with fastgru.use_backend("best"):
+            assert registry.fastest(*place, SIZES._replace(hidden=1)).name == "best"
+    finally:
+        monkeypatch.undo()
+        registry._chosen.clear()
