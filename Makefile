@@ -1,5 +1,6 @@
 # One environment, .venv, made on first use; every target brings what it needs.
 #   make demo [ARGS="--steps 100"]    make test    make lint    make bench    make clean
+#   make wheel [CUDA=13.0] [WITH="python3.10=2.10.0 ..."]
 PYTHON ?= python3
 TORCH ?= 2.13.0
 CXX ?= g++
@@ -8,14 +9,14 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc') setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu') setup.py pyproject.toml
 HAS_CXX := $(shell command -v $(firstword $(CXX)) >/dev/null 2>&1 && echo 1)
 
 # A suite that skips the compiled backend because its build broke would be green for the wrong reason.
 export FASTGRU_REQUIRE_EXTENSION ?= $(HAS_CXX)
 export CXX
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test lint bench wheel setup clean
 
 demo: setup
 	$(BIN)/python -m fastgru demo $(ARGS)
@@ -30,11 +31,23 @@ bench: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' | xargs -r $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# Into a folder of its own, so that what is checked is what was built.
+wheel: $(STAMPS)/wheel
+	rm -rf build/wheel
+	$(BIN)/python tools/build_wheel.py $(if $(CUDA),--cuda $(CUDA)) --out build/wheel
+	$(BIN)/python tools/check_wheel.py build/wheel/*.whl $(if $(WITH),--with $(WITH))
+	mkdir -p dist
+	cp build/wheel/* dist/
+
 setup: $(STAMPS)/installed
+
+$(STAMPS)/wheel: $(STAMPS)/installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[wheel]"
+	touch $@
 
 # The name carries the version: another TORCH installs anew.
 $(STAMPS)/torch-$(TORCH):
