@@ -1,5 +1,5 @@
 # One environment, .venv, made on first use; every target brings what it needs.
-#   make demo [ARGS="--steps 100"]    make test    make lint    make bench    make clean
+#   make demo [ARGS="--steps 100"]    make test    make lint    make bench    make report    make docs    make clean
 #   make wheel [CUDA=13.0] [WITH="python3.10=2.10.0 ..."]
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -16,7 +16,7 @@ HAS_CXX := $(shell command -v $(firstword $(CXX)) >/dev/null 2>&1 && echo 1)
 export FASTGRU_REQUIRE_EXTENSION ?= $(HAS_CXX)
 export CXX
 
-.PHONY: demo test lint bench wheel setup clean
+.PHONY: demo test lint bench report docs wheel setup clean
 
 demo: setup
 	$(BIN)/python -m fastgru demo $(ARGS)
@@ -27,6 +27,13 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+# Also brings the blocks and pictures of README.md and docs/ up to date.
+report: setup
+	$(BIN)/python benchmarks/report.py
+
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: setup
 	$(BIN)/ruff check .
@@ -45,8 +52,8 @@ wheel: $(STAMPS)/wheel
 
 setup: $(STAMPS)/installed
 
-$(STAMPS)/wheel: $(STAMPS)/installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[wheel]"
+$(STAMPS)/wheel $(STAMPS)/docs: $(STAMPS)/installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[$(@F)]"
 	touch $@
 
 # The name carries the version: another TORCH installs anew.
@@ -63,5 +70,5 @@ $(STAMPS)/installed: $(STAMPS)/torch-$(TORCH) $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs fastgru/_C.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site runs fastgru/_C.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
