@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,30 @@ def test_the_sdist_installs_without_a_compiler_and_says_so(sdist: Path, tmp_path
     assert str(tmp_path / "site") in said
     assert said.count("RuntimeWarning") == 1
     assert "with the backend 'reference', because cpu: the compiled library" in said
+
+
+def test_pip_installs_from_the_index_of_a_cuda_version(tmp_path: Path) -> None:
+    for release, version in (("v0.1.0", "0.1.0"), ("v0.1.0", "0.1.0+cu130"), ("v0.2.0", "0.2.0+cu130")):
+        wheel = tmp_path / "releases" / release / f"fastgru-{version}-py3-none-any.whl"
+        wheel.parent.mkdir(parents=True, exist_ok=True)
+        info = f"fastgru-{version}.dist-info"
+        with zipfile.ZipFile(wheel, "w") as content:
+            content.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: fastgru\nVersion: {version}\n")
+            content.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            content.writestr(f"{info}/RECORD", "")
+    script = [sys.executable, str(ROOT / "tools/index.py")]
+    run(*script, "releases", "whl", "--url", (tmp_path / "releases").as_uri(), cwd=tmp_path)
+    pip = [sys.executable, "-m", "pip", "--isolated", "download", "--no-deps", "--no-cache-dir"]
+    for label, expected in (("cpu", "fastgru-0.1.0-"), ("cu130", "fastgru-0.2.0+cu130-")):
+        index = (tmp_path / "whl" / label).as_uri()
+        run(*pip, "--index-url", index, "--dest", label, "fastgru", cwd=tmp_path, PIP_CONFIG_FILE=os.devnull)
+        (found,) = (tmp_path / label).iterdir()
+        assert found.name.startswith(expected)
+    # The hash on the page is checked.
+    (tmp_path / "releases/v0.1.0/fastgru-0.1.0-py3-none-any.whl").write_bytes(b"something else")
+    index = (tmp_path / "whl/cpu").as_uri()
+    with pytest.raises(AssertionError, match="DO NOT MATCH THE HASHES"):
+        run(*pip, "--index-url", index, "--dest", "again", "fastgru", cwd=tmp_path, PIP_CONFIG_FILE=os.devnull)
 
 
 def setup_py() -> dict[str, Any]:
