@@ -73,6 +73,8 @@ def old_glibc(directory: Path) -> None:
     libc = output(compiler, "-print-file-name=libc.so.6").strip()
     symbols = re.findall(r"(\w+)(@@?)GLIBC_([\d.]+)$", output("nm", "-D", "--defined-only", libc), re.MULTILINE)
     moved = {name for name, at, version in symbols if (at, version) == ("@@", "2.34")}
+    if not moved:
+        return
     for library, prefixes in OLD_LIBRARIES.items():
         old: dict[str, str] = {}
         for name, at, version in symbols:
