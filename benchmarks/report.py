@@ -43,7 +43,6 @@ class Section:
     tables: dict[str, _report.Table]
     draw: Callable[[], bytes] | None = None
     remarks: list[str] = field(default_factory=list)
-    numbers: tuple[int, ...] = ()
 
 
 def cpu_gru(record: dict[str, Any]) -> Section:
@@ -87,7 +86,6 @@ def cpu_gru(record: dict[str, Any]) -> Section:
             f"Measured on {machine['cpu']}, {record['threads']} thread(s), instruction set {machine['isa']}, with "
             f"{_versions(versions)}, at commit {record['commit']}.",
         ],
-        tuple(range(1, 12)),
     )
 
 
@@ -98,7 +96,6 @@ def demo(record: dict[str, Any]) -> Section:
         {"speed": _report.speed_table(record), "checks": _report.check_table(record), "facts": _report.facts(record)},
         lambda: _report.draw(record),
         _report.remarks(record),
-        (1, 2, 3, 4),
     )
 
 
@@ -124,7 +121,7 @@ def suite(record: dict[str, Any]) -> Section:
         )
     cpu, commit = record["machine_info"].get("cpu", {}), record["commit_info"]
     where = f"Measured on {cpu.get('brand_raw', record['machine_info']['machine'])}, at commit {commit.get('id')}."
-    return Section("Benchmark suite", tables, None, [where], tuple(range(1, 20)))
+    return Section("Benchmark suite", tables, None, [where])
 
 
 def _short(value: Any) -> str:
@@ -182,7 +179,7 @@ class Report:
             return _lines(self._section(record, text))
         if part == "picture" and found.draw is not None:
             return _lines(self._picture(record, text))
-        return _lines(_markdown(self._known(found.tables, part), found.numbers))
+        return _lines(_markdown(self._known(found.tables, part)))
 
     def _known(self, choices: dict[str, Any], name: str) -> Any:
         if name not in choices:
@@ -197,7 +194,7 @@ class Report:
     def _section(self, record: str, text: Path) -> str:
         part = self.sections[record]
         pictures = [self._picture(record, text)] if part.draw else []
-        tables = [_markdown(table, part.numbers) for table in part.tables.values()]
+        tables = [_markdown(table) for table in part.tables.values()]
         return "\n\n".join([*pictures, *tables, *part.remarks])
 
     def updated(self, text: Path) -> str:
@@ -235,7 +232,7 @@ class Report:
                 picture = part.draw()
                 self.picture(record).write_bytes(picture)
                 body.append(f'<img alt="" src="data:image/png;base64,{base64.b64encode(picture).decode()}">')
-            body += [_report.html_table(table, part.numbers) for table in part.tables.values()]
+            body += [_report.html_table(table, _numeric(table)) for table in part.tables.values()]
             body += [f"<p>{html.escape(line)}</p>" for line in part.remarks]
         for text in self.texts():
             text.write_text(self.updated(text), encoding="utf-8")
@@ -254,9 +251,15 @@ def _lines(text: str) -> str:
     return f"\n\n{text}\n\n"
 
 
-def _markdown(table: _report.Table, numbers: tuple[int, ...]) -> str:
+def _numeric(table: _report.Table) -> list[int]:
+    """The columns that hold numbers only."""
     columns, rows = table
-    rule = ["---:" if i in numbers else "---" for i in range(len(columns))]
+    return [i for i in range(len(columns)) if all(row[i][:1].isdigit() or not row[i] for row in rows)]
+
+
+def _markdown(table: _report.Table) -> str:
+    columns, rows = table
+    rule = ["---:" if i in _numeric(table) else "---" for i in range(len(columns))]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in [columns, rule, *rows])
 
 
