@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCE_SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h", ".inc", ".md", ".typed")
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
@@ -35,9 +37,12 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("sdist")
+    # In a copy: the build writes beside the sources, and another process may be building there.
+    source, directory = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
+    skipped = shutil.ignore_patterns(".*", "build", "dist", "site", "runs", "__pycache__", "*.egg-info", "*.so")
+    shutil.copytree(ROOT, source, ignore=skipped, dirs_exist_ok=True)
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(directory)!r})"
-    run(sys.executable, "-c", code, cwd=ROOT, FASTGRU_CUDA="0")
+    run(sys.executable, "-c", code, cwd=source, FASTGRU_CUDA="0")
     (path,) = directory.glob("*.tar.gz")
     return path
 
@@ -47,10 +52,7 @@ def test_the_sdist_holds_every_source(sdist: Path) -> None:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     for folder in ("csrc", "kernels", "fastgru", "tests", "benchmarks", "docs", "tools"):
         for path in (ROOT / folder).rglob("*"):
-            if (
-                path.suffix in (".py", ".cpp", ".cu", ".h", ".inc", ".cuh", ".md", ".typed")
-                and "build" not in path.parts
-            ):
+            if path.suffix in SOURCE_SUFFIXES and "build" not in path.parts:
                 assert path.relative_to(ROOT).as_posix() in inside
     assert {"setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "Makefile"} <= inside
     assert not [name for name in inside if name.endswith((".so", ".pyc"))]
