@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
+
+import fastgru
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -32,3 +35,8 @@ def test_a_block_that_fails_is_a_failure(tmp_path: Path) -> None:
 def test_every_page_is_in_the_site() -> None:
     listed = (ROOT / "mkdocs.yml").read_text()
     assert not [page.name for page in PAGES[1:] if page.relative_to(ROOT / "docs").as_posix() not in listed]
+
+
+def test_every_public_name_is_in_the_interface_page() -> None:
+    listed = set(re.findall(r"^::: fastgru\.(?:[\w.]+\.)?_?(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE))
+    assert set(fastgru.__all__) == listed
