@@ -42,8 +42,9 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# Into a folder of its own, so that what is checked is what was built.
+# The checks are checked first. Into a folder of its own, so that what is checked is what was built.
 wheel: $(STAMPS)/wheel
+	$(BIN)/python -m pytest --quiet tests/test_check_wheel.py
 	rm -rf build/wheel
 	$(BIN)/python tools/build_wheel.py $(if $(CUDA),--cuda $(CUDA)) --out build/wheel
 	$(BIN)/python tools/check_wheel.py build/wheel/*.whl $(if $(WITH),--with $(WITH))
