@@ -1,5 +1,6 @@
 # One environment, .venv, made on first use; every target brings what it needs.
-#   make demo [ARGS="--steps 100"]    make test    make compat    make lint    make bench    make clean
+#   make demo [ARGS="--steps 100"]    make test    make compat    make lint    make bench    make report    make docs
+#   make wheel [CUDA=13.0] [WITH="python3.10=2.10.0 ..."]    make clean
 PYTHON ?= python3
 TORCH ?= 2.13.0
 CXX ?= g++
@@ -8,14 +9,14 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc') setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu') setup.py pyproject.toml
 HAS_CXX := $(shell command -v $(firstword $(CXX)) >/dev/null 2>&1 && echo 1)
 
 # A suite that skips the compiled backend because its build broke would be green for the wrong reason.
 export FASTGRU_REQUIRE_EXTENSION ?= $(HAS_CXX)
 export CXX
 
-.PHONY: demo test compat lint bench setup clean
+.PHONY: demo test compat lint bench report docs wheel setup clean
 
 demo: setup
 	$(BIN)/python -m fastgru demo $(ARGS)
@@ -31,14 +32,34 @@ compat: setup
 bench: setup
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
+# Also brings the blocks and pictures of README.md and docs/ up to date.
+report: setup
+	$(BIN)/python benchmarks/report.py
+
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' | xargs -r $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# The checks are checked first. Into a folder of its own, so that what is checked is what was built.
+wheel: $(STAMPS)/wheel
+	$(BIN)/python -m pytest --quiet tests/test_check_wheel.py
+	rm -rf build/wheel
+	$(BIN)/python tools/build_wheel.py $(if $(CUDA),--cuda $(CUDA)) --out build/wheel
+	$(BIN)/python tools/check_wheel.py build/wheel/*.whl $(if $(WITH),--with $(WITH))
+	mkdir -p dist
+	cp build/wheel/* dist/
+
 setup: $(STAMPS)/installed
+
+$(STAMPS)/wheel $(STAMPS)/docs: $(STAMPS)/installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[$(@F)]"
+	touch $@
 
 # The name carries the version: another TORCH installs anew.
 $(STAMPS)/torch-$(TORCH):
@@ -54,5 +75,5 @@ $(STAMPS)/installed: $(STAMPS)/torch-$(TORCH) $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs fastgru/_C.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site runs fastgru/_C.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

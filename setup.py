@@ -1,18 +1,26 @@
-"""Only what pyproject.toml cannot say: the compiled extension."""
+"""Only what pyproject.toml cannot say: the compiled extension, with or without its CUDA part."""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from setuptools import setup
 
-SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
-HEADERS = sorted(str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc").rglob(pattern))
+CUDA = Path("csrc/cuda")
+SOURCES = [path for path in sorted(Path("csrc").rglob("*.cpp")) if CUDA not in path.parents]
+CUDA_SOURCES = sorted(CUDA.rglob("*.cpp"))
+KERNELS = sorted(CUDA.rglob("*.cu"))
+HEADERS = [str(path) for pattern in ("*.h", "*.inc", "*.cuh") for path in sorted(Path("csrc").rglob(pattern))]
+MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
+ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 
 
 def why_no_extension() -> str | None:
@@ -31,9 +39,87 @@ def why_no_extension() -> str | None:
     return None
 
 
+def find_toolkit() -> Path | None:
+    """The CUDA toolkit of this machine: CUDA_HOME, else the one whose nvcc is on the path, else the usual place."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    for home in map(Path, filter(None, homes)):
+        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
+            return home
+    return None
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit to compile csrc/cuda with, or None to leave the CUDA part out.
+
+    FASTGRU_CUDA=1 asks for it, 0 leaves it out; unset, it comes when torch is a CUDA build and there is a toolkit.
+    """
+    import torch
+
+    wanted = os.environ.get("FASTGRU_CUDA") or ("auto" if torch.version.cuda else "0")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"fastgru: FASTGRU_CUDA must be 0 or 1, not {wanted!r}")
+    home = None if wanted == "0" else find_toolkit()
+    if home is None and wanted != "0":
+        message = "fastgru: there is no CUDA toolkit with an nvcc; CUDA_HOME can name one"
+        if wanted == "1":
+            raise SystemExit(message)
+        print(f"{message}. The CUDA part is left out", flush=True)
+    return home
+
+
+def cuda_version(home: Path) -> str:
+    """The toolkit's version, such as 13.0."""
+    text = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    if found is None:
+        raise SystemExit(f"fastgru: {home / 'bin/nvcc'} does not tell its version: {text}")
+    return found[1]
+
+
+def code_flags(architectures: str) -> list[str]:
+    """nvcc's options for a list in torch's notation: ``9.0a`` is machine code, ``10.0+PTX`` brings PTX as well."""
+    flags = []
+    for item in architectures.replace(";", " ").split():
+        found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
+        if found is None:
+            raise SystemExit(f"fastgru: TORCH_CUDA_ARCH_LIST: {item!r} is not like 8.0, 9.0a or 10.0+PTX")
+        number = found[1] + found[2]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if found[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def compile_kernels(home: Path, directory: Path, include_dirs: list[str]) -> list[str]:
+    """Compile every .cu, MAX_JOBS at a time (default: one per processor), and return the objects."""
+    command = [str(home / "bin/nvcc"), "-c", "-O3", "-std=c++17", "-DUSE_CUDA"]
+    command += [f"-D{name}={value}" for name, value in MACROS]
+    command += [f"-I{path}" for path in include_dirs]
+    command += code_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
+    command += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    if os.environ.get("CXX"):
+        command += ["-ccbin", os.environ["CXX"]]
+
+    def compile_one(source: Path) -> str:
+        target = directory / source.with_suffix(".o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        line = [*command, str(source), "-o", str(target)]
+        print(shlex.join(line), flush=True)
+        subprocess.run(line, check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        return list(pool.map(compile_one, KERNELS))
+
+
 def extension() -> dict[str, Any]:
     """setup()'s arguments for the extension: a plain library in the stable ABI, one file for every Python and torch."""
+    from setuptools.command.bdist_wheel import bdist_wheel
+    from setuptools.command.egg_info import egg_info
     from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    home = cuda_home()
 
     class Build(BuildExtension):
         def get_ext_filename(self, ext_name: str) -> str:
@@ -41,29 +127,50 @@ def extension() -> dict[str, Any]:
 
         def build_extensions(self) -> None:
             try:
+                if home is not None:
+                    module = self.extensions[0]
+                    module.extra_objects = compile_kernels(home, Path(self.build_temp), module.include_dirs)
                 super().build_extensions()
             except Exception as error:
                 raise SystemExit(
                     f"fastgru: {error}. The compiler's messages are above; FASTGRU_NO_EXTENSION=1 installs without it."
                 ) from error
 
+    class Wheel(bdist_wheel):
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
+
+    class Info(egg_info):
+        def finalize_options(self) -> None:
+            # The local version says which CUDA: 0.1.0+cu130.
+            self.tag_build = "+cu" + cuda_version(home).replace(".", "")
+            super().finalize_options()
+
     module = CppExtension(
         "fastgru._C",
-        SOURCES,
+        [str(path) for path in (SOURCES if home is None else SOURCES + CUDA_SOURCES)],
         depends=HEADERS,
         include_dirs=[str(Path("csrc").resolve())],
-        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+        define_macros=MACROS,
         extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi"],
         py_limited_api=True,
     )
-    return {
-        "ext_modules": [module],
-        "cmdclass": {"build_ext": Build},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
+    arguments: dict[str, Any] = {"ext_modules": [module], "cmdclass": {"build_ext": Build, "bdist_wheel": Wheel}}
+    if home is not None:
+        module.include_dirs.append(str(home / "include"))
+        module.library_dirs += [str(path) for path in (home / "lib64", home / "lib") if path.is_dir()]
+        module.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        module.depends += [str(path) for path in KERNELS]
+        arguments["cmdclass"]["egg_info"] = Info
+    return arguments
 
 
-reason = why_no_extension()
-if reason is not None:
-    print(f"fastgru: installing without the compiled extension: {reason}", flush=True)
-setup(**({} if reason is not None else extension()))
+def main() -> None:
+    reason = why_no_extension()
+    if reason is not None:
+        print(f"fastgru: installing without the compiled extension: {reason}", flush=True)
+    setup(**({} if reason is not None else extension()))
+
+
+if __name__ == "__main__":
+    main()

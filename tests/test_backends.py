@@ -102,7 +102,16 @@ def broken_copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not a library"], ids=["missing", "empty", "corrupt"])
+def other_platform() -> bytes:
+    """The header of a library for another processor (RISC-V)."""
+    header = bytearray(64)
+    header[:20] = b"\x7fELF\x02\x01\x01" + bytes(9) + (3).to_bytes(2, "little") + (243).to_bytes(2, "little")
+    return bytes(header)
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"not a library", other_platform()], ids=["missing", "empty", "corrupt", "other-platform"]
+)
 def test_a_broken_library_falls_back_once_and_says_why(broken_copy: Path, content: bytes | None) -> None:
     if content is not None:
         (broken_copy / "fastgru" / "_C.so").write_bytes(content)
@@ -115,6 +124,11 @@ def test_a_broken_library_falls_back_once_and_says_why(broken_copy: Path, conten
     result = python(start + RUN, FASTGRU_BACKEND="cpu")
     assert "BackendUnavailable: backend 'cpu' cannot run" in result.stderr
     assert "pip install --no-build-isolation" in result.stderr
+    result = python(start + "from fastgru.cli import main; sys.exit(main(['info']))")
+    assert result.returncode == 0, result.stderr
+    words = " ".join(result.stdout.split())
+    assert "not available: the compiled library" in words
+    assert "pip install --no-build-isolation" in words
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)

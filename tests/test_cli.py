@@ -85,6 +85,31 @@ def test_info_tells_why_and_what_to_do_without_the_extension(
     fastgru.backends.registry._chosen.clear()
 
 
+def test_info_says_what_the_cuda_part_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if "+cu" not in fastgru.__version__:
+        assert _machine.cuda_part() is None
+        assert main(["info"]) == 0
+        assert "not in this installation" in capsys.readouterr().out
+    monkeypatch.setattr(torch.ops.fastgru, "cuda_versions", lambda: (13000, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["info"]) == 0
+    assert "built with CUDA 13.0; no driver here" in capsys.readouterr().out
+
+    def architecture(index: int) -> int:
+        if index:
+            raise RuntimeError("no code of this build runs on CUDA device 1\nmore")
+        return 90
+
+    monkeypatch.setattr(torch.ops.fastgru, "cuda_versions", lambda: (12060, 13010))
+    monkeypatch.setattr(torch.ops.fastgru, "cuda_code_architecture", architecture)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _machine.cuda_part() == {
+        "built_with": "12.6",
+        "driver": "13.1",
+        "devices": ["sm_90", "no code of this build runs on CUDA device 1"],
+    }
+
+
 @pytest.mark.usefixtures("torch_alone")
 def test_info_needs_torch_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0

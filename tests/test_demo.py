@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,20 @@ def test_report_needs_nothing_else(result: Path, record: dict[str, Any]) -> None
     assert base64.b64decode(picture) == (result / "demo.png").read_bytes()
     assert "http" not in page
     assert page.count("PASS</td>") == len(record["checks"])
+
+
+def test_the_record_can_be_quoted(result: Path, record: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    shutil.copy(result / "demo.json", tmp_path / "benchmarks/results")
+    (tmp_path / "README.md").write_text("<!-- results:demo.picture --><!-- /results -->\n")
+    (tmp_path / "docs/performance.md").write_text("<!-- results:demo.speed --><!-- /results -->\n")
+    report = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks/report.py"))["Report"]
+    report(tmp_path).write(tmp_path / "report.html")
+    assert list(report(tmp_path).problems()) == []
+    (picture,) = (tmp_path / "docs/images").glob("demo-*.png")
+    assert picture.name in (tmp_path / "README.md").read_text()
+    assert f"{record['training']['speedup']:.2f}x" in (tmp_path / "docs/performance.md").read_text()
 
 
 def test_checkpoint_gives_the_same_numbers_in_nn_gru(result: Path, record: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ def machine() -> dict[str, Any]:
         "usable_isas": usable_isas(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "cuda_devices": cuda_devices(),
+        "cuda_part": cuda_part(),
         "system": platform.platform(),
     }
 
@@ -94,6 +95,30 @@ def cuda_devices() -> list[str]:
             f"{properties.name} (sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB)"
         )
     return described
+
+
+def cuda_part() -> dict[str, Any] | None:
+    """What the CUDA part was built with and finds here; ``None`` where the compiled library has none.
+
+    ``built_with`` and ``driver`` are CUDA versions (``driver`` is the newest it runs, ``None`` without one);
+    ``devices`` says for each visible GPU which architecture of code it runs, or why none.
+    """
+    try:
+        built_with, driver = torch.ops.fastgru.cuda_versions()
+    except NotImplementedError:
+        return None
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        try:
+            devices.append(f"sm_{torch.ops.fastgru.cuda_code_architecture(index)}")
+        except RuntimeError as error:
+            devices.append(str(error).splitlines()[0])
+    return {"built_with": _cuda_version(built_with), "driver": _cuda_version(driver), "devices": devices}
+
+
+def _cuda_version(number: int) -> str | None:
+    """``"13.0"`` for 13000, ``None`` for 0."""
+    return f"{number // 1000}.{number // 10 % 100}" if number else None
 
 
 def installed(package: str) -> str | None:

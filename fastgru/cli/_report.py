@@ -165,15 +165,15 @@ def page(record: dict[str, Any], picture: bytes) -> str:
         f'<img alt="Loss curves and speed" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
         "<h2>Speed</h2>",
         "<p>Medians; the two models train and write in turn, and the speed-up is taken within each turn.</p>",
-        _html_table(speed_table(record), numbers=(1, 2, 3, 4)),
+        html_table(speed_table(record), numbers=(1, 2, 3, 4)),
         "<h2>Same numbers?</h2>",
         "<p>Relative differences between nn.GRU and fastgru.</p>",
-        _html_table(check_table(record), numbers=(1, 2)),
+        html_table(check_table(record), numbers=(1, 2)),
         *(f"<p>{html.escape(line)}</p>" for line in remarks(record)),
         "<h2>Written by the trained model</h2>",
         f'<pre><span class="prompt">{html.escape(sample["prompt"])}</span>{html.escape(sample["text"])}</pre>',
         "<h2>Where the numbers come from</h2>",
-        _html_table(facts(record)),
+        html_table(facts(record)),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>fastgru demo</title>'
@@ -183,7 +183,8 @@ def page(record: dict[str, Any], picture: bytes) -> str:
     )
 
 
-def _html_table(table: Table, numbers: Sequence[int] = ()) -> str:
+def html_table(table: Table, numbers: Sequence[int] = ()) -> str:
+    """The table as HTML, with the columns listed in ``numbers`` aligned to the right."""
     columns, rows = table
 
     def line(tag: str, cells: Sequence[str]) -> str:

@@ -79,6 +79,7 @@ def show(record: dict[str, Any]) -> None:
         ["cores, threads", f"{machine['cores']} cores, torch uses {machine['threads']} thread(s)"],
         ["instruction set", _instruction_set(machine)],
         ["CUDA devices", ", ".join(machine["cuda_devices"]) or "none"],
+        ["CUDA part", _cuda_part(machine["cuda_part"])],
         ["system", machine["system"]],
     ]
     show_table("fastgru", ["", ""], rows)
@@ -103,6 +104,13 @@ def _instruction_set(machine: dict[str, Any]) -> str:
     if machine["isa"] is None:
         return f"none in use; usable: {', '.join(machine['usable_isas']) or 'none, there are no compiled kernels'}"
     return f"{machine['isa']} in use; usable: {', '.join(machine['usable_isas'])}"
+
+
+def _cuda_part(part: dict[str, Any] | None) -> str:
+    if part is None:
+        return "not in this installation"
+    driver = f"the driver runs CUDA {part['driver']}" if part["driver"] else "no driver here"
+    return "; ".join([f"built with CUDA {part['built_with']}", driver, *part["devices"]])
 
 
 def _state(why_not: str | None) -> str:

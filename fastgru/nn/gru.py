@@ -85,7 +85,7 @@ def _scriptable(module: nn.Module, own: type[nn.Module], original: type[nn.Modul
 
 
 class GRU(nn.RNNBase):
-    """A drop-in for :class:`torch.nn.GRU`: constructor, parameters, initialisation, ``state_dict``, repr, errors.
+    """A drop-in for ``torch.nn.GRU``: constructor, parameters, initialisation, ``state_dict``, repr, errors.
 
     It derives from ``nn.RNNBase``, not ``nn.GRU``, because torch.compile refuses every instance of ``nn.GRU``.
 
@@ -311,7 +311,7 @@ class GRU(nn.RNNBase):
 
 
 class GRUCell(nn.GRUCell):
-    """A drop-in for :class:`torch.nn.GRUCell`.
+    """A drop-in for ``torch.nn.GRUCell``.
 
     Shapes: input [B, I] or [I]; hx and the result [B, H] or [H]; hx is zeros when not given.
 

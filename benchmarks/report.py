@@ -1,0 +1,282 @@
+"""Everything the project says about speed, made from benchmarks/results/*.json and from nothing else.
+
+    python benchmarks/report.py            # writes the page, the pictures, and the blocks in README.md and docs/
+    python benchmarks/report.py --check    # fails when a block is not what the results say, or prose quotes a speed
+
+A block is what stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``. NAME is a record, which is the name
+of its file without ``.json`` (all of its section), ``record.table`` (one of its tables), ``record.picture``, ``all``
+(every section), or one number in a sentence: ``record#path/to/number:.2f``, the keys separated by slashes, then
+Python's format. A picture's name carries a hash of its record, so that a block with an old picture is out of date too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import html
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastgru.cli import _report
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"(<!-- results:(?P<name>.+?) -->)(?P<text>.*?)(<!-- /results -->)", re.DOTALL)
+# A speed in prose: a factor, a time per call, a rate. What is fast or slow is said by a block.
+SPEED = re.compile(
+    r"\b\d[\d.,]*\s?(?:x\b|\u00d7|times (?:as fast|faster)|% (?:faster|slower|of peak)|[mµμnu]s\b"
+    r"|microseconds|milliseconds|[GT]FLOP|[GT]i?B/s|(?:steps|tokens|characters|char)/s)"
+)
+
+
+@dataclass
+class Section:
+    """What one record says: named tables (columns and rows), sentences, and how to draw it (as PNG)."""
+
+    title: str
+    tables: dict[str, _report.Table]
+    draw: Callable[[], bytes] | None = None
+    remarks: list[str] = field(default_factory=list)
+
+
+def cpu_gru(record: dict[str, Any]) -> Section:
+    """The record of benchmarks/cpu_gru.py."""
+    machine, versions = record["machine"], record["versions"]
+    tables: dict[str, _report.Table] = {
+        "summary": (
+            ["fastgru", "geometric mean", "worst shape"],
+            [[k, f"{v['geometric_mean']:.2f}x", f"{v['worst']:.2f}x"] for k, v in record["summary"].items()],
+        )
+    }
+    for mode in ("forward", "training"):
+        names = list(record["rows"][0][mode]["us"])
+        rows = []
+        for row in record["rows"]:
+            result = row[mode]
+            cells = [", ".join(str(row[size]) for size in "TBIH")]
+            for name in names:
+                ratio = result["speedup"].get(name)
+                spread = f" ({ratio['median']:.2f}x, {ratio['q1']:.2f}-{ratio['q3']:.2f})" if ratio else ""
+                cells.append(f"{result['us'][name]:,.0f}{spread}")
+            rows.append([*cells, f"{result['gflops']:.0f}", f"{result['of_fma_peak']:.0%}"])
+        tables[mode] = (["T, B, I, H", *names, "GFLOP/s", "of FMA peak"], rows)
+
+    def draw() -> bytes:
+        # Beside this file. It brings the peers, which a check of the texts does without.
+        from cpu_gru import plot
+
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "picture.png")
+            plot(record, path)
+            return path.read_bytes()
+
+    return Section(
+        "The GRU on a CPU",
+        tables,
+        draw,
+        [
+            "Microseconds per call, float32, medians; in brackets how many times as fast fastgru is, with quartiles. "
+            "Forward is inference; training is forward and backward to every gradient.",
+            f"Measured on {machine['cpu']}, {record['threads']} thread(s), instruction set {machine['isa']}, with "
+            f"{_versions(versions)}, at commit {record['commit']}.",
+        ],
+    )
+
+
+def demo(record: dict[str, Any]) -> Section:
+    """The record of ``python -m fastgru demo``."""
+    return Section(
+        "Training a language model, twice",
+        {"speed": _report.speed_table(record), "checks": _report.check_table(record), "facts": _report.facts(record)},
+        lambda: _report.draw(record),
+        _report.remarks(record),
+    )
+
+
+def suite(record: dict[str, Any]) -> Section:
+    """What pytest-benchmark stores: a table for each group."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for item in record["benchmarks"]:
+        groups.setdefault(item["group"] or "benchmarks", []).append(item)
+    tables: dict[str, _report.Table] = {}
+    for group, items in groups.items():
+        extra = sorted({k for item in items for k, v in item["extra_info"].items() if not isinstance(v, (dict, list))})
+        tables[group] = (
+            ["", "median, µs", "quartiles, µs", *extra],
+            [
+                [
+                    item["name"],
+                    f"{item['stats']['median'] * 1e6:,.1f}",
+                    f"{item['stats']['q1'] * 1e6:,.1f}-{item['stats']['q3'] * 1e6:,.1f}",
+                    *(_short(item["extra_info"].get(name, "")) for name in extra),
+                ]
+                for item in items
+            ],
+        )
+    cpu, commit = record["machine_info"].get("cpu", {}), record["commit_info"]
+    where = f"Measured on {cpu.get('brand_raw', record['machine_info']['machine'])}, at commit {commit.get('id')}."
+    return Section("Benchmark suite", tables, None, [where])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _versions(versions: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+
+def section(record: dict[str, Any]) -> Section:
+    """The section of a record, by what it is."""
+    if "benchmarks" in record:
+        return suite(record)
+    kinds = {"cpu_gru": cpu_gru, "demo": demo}
+    kind = record.get("benchmark") or record.get("command")
+    if kind not in kinds:
+        raise SystemExit(f"a stored result is neither of {', '.join(kinds)} nor of pytest-benchmark, but {kind!r}")
+    return kinds[kind](record)
+
+
+class Report:
+    """The stored results below ``root``, and the texts that quote them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.images = root / "docs/images"
+        self.files = {path.stem: path for path in sorted((root / "benchmarks/results").glob("*.json"))}
+        self.records = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in self.files.items()}
+        self.sections = {name: section(record) for name, record in self.records.items()}
+
+    def texts(self) -> list[Path]:
+        """The files that may quote results."""
+        return [self.root / "README.md", *sorted((self.root / "docs").rglob("*.md"))]
+
+    def picture(self, name: str) -> Path:
+        """Where the picture of a record belongs."""
+        return self.images / f"{name}-{hashlib.sha256(self.files[name].read_bytes()).hexdigest()[:8]}.png"
+
+    def block(self, name: str, text: Path) -> str:
+        """What stands in the block ``name`` of the file ``text``."""
+        if name == "all":
+            parts = [f"## {part.title}\n\n{self._section(record, text)}" for record, part in self.sections.items()]
+            return _lines("\n\n".join(parts) or "No results are stored yet.")
+        record, hash_sign, rest = name.partition("#")
+        if hash_sign:
+            path, _, form = rest.partition(":")
+            value: Any = self._known(self.records, record)
+            for key in path.split("/"):
+                value = value[int(key)] if isinstance(value, list) else self._known(value, key)
+            return format(value, form)
+        record, _, part = name.partition(".")
+        found = self._known(self.sections, record)
+        if not part:
+            return _lines(self._section(record, text))
+        if part == "picture" and found.draw is not None:
+            return _lines(self._picture(record, text))
+        return _lines(_markdown(self._known(found.tables, part)))
+
+    def _known(self, choices: dict[str, Any], name: str) -> Any:
+        if name not in choices:
+            raise KeyError(f"the stored results have no {name!r}, only {', '.join(choices) or 'nothing'}")
+        return choices[name]
+
+    def _picture(self, record: str, text: Path) -> str:
+        # README.md is read at the root, the pages in their folder.
+        folder = self.images.relative_to(text.parent).as_posix()
+        return f"![{self.sections[record].title}]({folder}/{self.picture(record).name})"
+
+    def _section(self, record: str, text: Path) -> str:
+        part = self.sections[record]
+        pictures = [self._picture(record, text)] if part.draw else []
+        tables = [_markdown(table) for table in part.tables.values()]
+        return "\n\n".join([*pictures, *tables, *part.remarks])
+
+    def updated(self, text: Path) -> str:
+        """The file with every block as the results say."""
+        content = text.read_text(encoding="utf-8")
+        return BLOCK.sub(lambda m: m[1] + self.block(m["name"], text) + m[4], content)
+
+    def problems(self) -> Iterator[str]:
+        """What in the texts does not come from the results."""
+        for text in self.texts():
+            name, content = text.relative_to(self.root), text.read_text(encoding="utf-8")
+            try:
+                if self.updated(text) != content:
+                    yield f"{name}: a block of results is not up to date; run make report"
+            except KeyError as error:
+                yield f"{name}: {error.args[0]}"
+            # Blanked, not removed, so that the numbers of the lines stay.
+            prose = BLOCK.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), content)
+            for number, line in enumerate(prose.splitlines(), 1):
+                for found in SPEED.finditer(line):
+                    yield f"{name}:{number}: {found[0]!r} is a speed that no block of results holds"
+        for record, part in self.sections.items():
+            if part.draw is not None and not self.picture(record).exists():
+                yield f"{self.picture(record).relative_to(self.root)} is missing; run make report"
+
+    def write(self, page: Path) -> None:
+        """Draw the pictures, bring the texts up to date and write the page, one file that needs nothing else."""
+        self.images.mkdir(parents=True, exist_ok=True)
+        body = []
+        for record, part in self.sections.items():
+            body.append(f"<h2>{html.escape(part.title)}</h2>")
+            for old in self.images.glob(f"{record}-????????.png"):
+                old.unlink()
+            if part.draw is not None:
+                picture = part.draw()
+                self.picture(record).write_bytes(picture)
+                body.append(f'<img alt="" src="data:image/png;base64,{base64.b64encode(picture).decode()}">')
+            body += [_report.html_table(table, _numeric(table)) for table in part.tables.values()]
+            body += [f"<p>{html.escape(line)}</p>" for line in part.remarks]
+        for text in self.texts():
+            text.write_text(self.updated(text), encoding="utf-8")
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(
+            '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>fastgru: measured</title>'
+            f"<style>{_report.STYLE}</style></head>\n<body>\n<h1>fastgru: measured</h1>\n"
+            + ("\n".join(body) or "<p>No results are stored yet.</p>")
+            + "\n</body>\n</html>\n",
+            encoding="utf-8",
+        )
+
+
+def _lines(text: str) -> str:
+    """A block of its own needs an empty line on both sides, or Markdown takes it for part of the comment."""
+    return f"\n\n{text}\n\n"
+
+
+def _numeric(table: _report.Table) -> list[int]:
+    """The columns that hold numbers only."""
+    columns, rows = table
+    return [i for i in range(len(columns)) if all(row[i][:1].isdigit() or not row[i] for row in rows)]
+
+
+def _markdown(table: _report.Table) -> str:
+    columns, rows = table
+    rule = ["---:" if i in _numeric(table) else "---" for i in range(len(columns))]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in [columns, rule, *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when something would change")
+    parser.add_argument("--page", type=Path, default=ROOT / "build/report.html", help="default: build/report.html")
+    options = parser.parse_args()
+    report = Report(ROOT)
+    if not options.check:
+        report.write(options.page)
+        print(options.page)
+    problems = list(report.problems())
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    sys.exit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    main()

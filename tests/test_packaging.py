@@ -1,0 +1,148 @@
+"""The source distribution, what setup.py decides, and how it says so."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE_SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h", ".inc", ".md", ".typed")
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("FASTGRU_", "PYTHONPATH"))}
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=clean | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # In a copy: the build writes beside the sources, and another process may be building there.
+    source, directory = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
+    skipped = shutil.ignore_patterns(".*", "build", "dist", "site", "runs", "__pycache__", "*.egg-info", "*.so")
+    shutil.copytree(ROOT, source, ignore=skipped, dirs_exist_ok=True)
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(directory)!r})"
+    run(sys.executable, "-c", code, cwd=source, FASTGRU_CUDA="0")
+    (path,) = directory.glob("*.tar.gz")
+    return path
+
+
+def test_the_sdist_holds_every_source(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("csrc", "kernels", "fastgru", "tests", "benchmarks", "docs", "tools"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in SOURCE_SUFFIXES and "build" not in path.parts:
+                assert path.relative_to(ROOT).as_posix() in inside
+    assert {"setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "Makefile"} <= inside
+    assert not [name for name in inside if name.endswith((".so", ".pyc"))]
+
+
+def test_the_sdist_installs_without_a_compiler_and_says_so(sdist: Path, tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-index"]
+    said = run(*pip, "--target", str(tmp_path / "site"), str(sdist), cwd=tmp_path, CXX="/nowhere/c++")
+    assert "installing without the compiled extension: there is no C++ compiler ('/nowhere/c++' is not found" in said
+    assert not list(tmp_path.rglob("*.so"))
+    code = (
+        "import torch, fastgru; fastgru.GRU(3, 4)(torch.randn(5, 2, 3)); print(fastgru.__file__, fastgru.__version__)"
+    )
+    said = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert str(tmp_path / "site") in said
+    assert said.count("RuntimeWarning") == 1
+    assert "with the backend 'reference', because cpu: the compiled library" in said
+
+
+def test_pip_installs_from_the_index_of_a_cuda_version(tmp_path: Path) -> None:
+    for release, version in (("v0.1.0", "0.1.0"), ("v0.1.0", "0.1.0+cu130"), ("v0.2.0", "0.2.0+cu130")):
+        wheel = tmp_path / "releases" / release / f"fastgru-{version}-py3-none-any.whl"
+        wheel.parent.mkdir(parents=True, exist_ok=True)
+        info = f"fastgru-{version}.dist-info"
+        with zipfile.ZipFile(wheel, "w") as content:
+            content.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: fastgru\nVersion: {version}\n")
+            content.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            content.writestr(f"{info}/RECORD", "")
+    script = [sys.executable, str(ROOT / "tools/index.py")]
+    run(*script, "releases", "whl", "--url", (tmp_path / "releases").as_uri(), cwd=tmp_path)
+    pip = [sys.executable, "-m", "pip", "--isolated", "download", "--no-deps", "--no-cache-dir"]
+    for label, expected in (("cpu", "fastgru-0.1.0-"), ("cu130", "fastgru-0.2.0+cu130-")):
+        index = (tmp_path / "whl" / label).as_uri()
+        run(*pip, "--index-url", index, "--dest", label, "fastgru", cwd=tmp_path, PIP_CONFIG_FILE=os.devnull)
+        (found,) = (tmp_path / label).iterdir()
+        assert found.name.startswith(expected)
+    # The hash on the page is checked.
+    (tmp_path / "releases/v0.1.0/fastgru-0.1.0-py3-none-any.whl").write_bytes(b"something else")
+    index = (tmp_path / "whl/cpu").as_uri()
+    with pytest.raises(AssertionError, match="DO NOT MATCH THE HASHES"):
+        run(*pip, "--index-url", index, "--dest", "again", "fastgru", cwd=tmp_path, PIP_CONFIG_FILE=os.devnull)
+
+
+def setup_py() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_architectures_become_compiler_options() -> None:
+    flags = setup_py()["code_flags"]
+    assert flags("8.0;9.0a 10.0+PTX") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST: 'sm_90' is not like 8.0, 9.0a or 10.0\+PTX"):
+        flags("8.0;sm_90")
+
+
+def test_the_cuda_part_is_asked_for_or_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = setup_py()
+    cuda_home = names["cuda_home"]
+    for folder, file in (("bin", "nvcc"), ("include", "cuda_runtime.h")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    for value, expected in (("1", tmp_path), ("0", None), ("", tmp_path if torch.version.cuda else None)):
+        monkeypatch.setenv("FASTGRU_CUDA", value)
+        assert cuda_home() == expected
+    monkeypatch.setenv("FASTGRU_CUDA", "yes")
+    with pytest.raises(SystemExit, match="FASTGRU_CUDA must be 0 or 1, not 'yes'"):
+        cuda_home()
+    monkeypatch.setitem(cuda_home.__globals__, "find_toolkit", lambda: None)
+    monkeypatch.setenv("FASTGRU_CUDA", "1")
+    with pytest.raises(SystemExit, match="there is no CUDA toolkit with an nvcc; CUDA_HOME can name one"):
+        cuda_home()
+    monkeypatch.setenv("FASTGRU_CUDA", "")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert cuda_home() is None
+    assert "The CUDA part is left out" in capsys.readouterr().out
+
+
+def test_one_architecture_list_in_code_and_documentation() -> None:
+    assert f"`{setup_py()['ARCHITECTURES']}`" in (ROOT / "docs/install.md").read_text()
+
+
+def test_the_variables_that_builds_read_are_documented() -> None:
+    read = set(re.findall(r'environ(?:\.get\(|\[)"(\w+)"', (ROOT / "setup.py").read_text()))
+    text = (ROOT / "docs/backends.md").read_text() + (ROOT / "docs/install.md").read_text()
+    assert {"FASTGRU_CUDA", "CUDA_HOME", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST"} <= read
+    assert not [name for name in read if f"`{name}`" not in text]

@@ -1,0 +1,138 @@
+"""What README and docs say about speed comes from the stored results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def report() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks/report.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclass looks itself up.
+    sys.modules["report"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_project_quotes_no_speed_that_is_not_stored(report: ModuleType) -> None:
+    assert list(report.Report(ROOT).problems()) == []
+
+
+MACHINE = {"cpu": "A CPU", "threads": 2, "isa": "avx2", "cuda_devices": [], "load_average": 0.1}
+VERSIONS = {"fastgru": "0.1.0", "torch": "2.13.0", "triton": None}
+
+
+def cpu_gru_record() -> dict[str, Any]:
+    mode = {
+        "us": {"fastgru": 1234.5, "nn.GRU": 2500.4},
+        "speedup": {"nn.GRU": {"median": 2.03, "q1": 1.98, "q3": 2.07}},
+        "gflops": 321.0,
+        "of_fma_peak": 0.66,
+    }
+    return {
+        "benchmark": "cpu_gru",
+        "machine": MACHINE,
+        "versions": VERSIONS,
+        "commit": "0123456789ab",
+        "threads": 2,
+        "rows": [{"T": 64, "B": 32, "I": 128, "H": 256, "forward": mode, "training": mode}],
+        "summary": {"forward beside nn.GRU": {"geometric_mean": 2.034, "worst": 2.03}},
+    }
+
+
+def suite_record() -> dict[str, Any]:
+    stats = {"median": 5e-6, "q1": 4e-6, "q3": 6e-6}
+    item = {"group": "stream", "name": "fastgru-forward", "stats": stats, "extra_info": {"of_peak": 0.5, "errors": {}}}
+    return {"benchmarks": [item], "machine_info": {"machine": "x86_64"}, "commit_info": {"id": "abc"}}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for folder in ("benchmarks/results", "docs"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "benchmarks/results/cpu_gru.json").write_text(json.dumps(cpu_gru_record()))
+    (tmp_path / "benchmarks/results/suite.json").write_text(json.dumps(suite_record()))
+    (tmp_path / "docs/performance.md").write_text("# Performance\n\n<!-- results:all --><!-- /results -->\n")
+    (tmp_path / "README.md").write_text(
+        "<!-- results:cpu_gru.picture --><!-- /results -->\n"
+        "<!-- results:cpu_gru#summary/forward beside nn.GRU/geometric_mean:.1f -->9.9<!-- /results --> times as fast\n"
+    )
+    return tmp_path
+
+
+def test_blocks_and_pictures_are_made_from_the_records(
+    report: ModuleType, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    before = "\n".join(report.Report(root).problems())
+    assert "README.md: a block of results is not up to date" in before
+    assert "docs/performance.md: a block of results is not up to date" in before
+    assert "is missing; run make report" in before
+
+    report.Report(root).write(root / "build/report.html")
+    assert list(report.Report(root).problems()) == []
+    readme = (root / "README.md").read_text()
+    assert "geometric_mean:.1f -->2.0<!-- /results --> times as fast" in readme
+    (picture,) = (root / "docs/images").glob("cpu_gru-*.png")
+    assert f"(docs/images/{picture.name})" in readme
+    page = (root / "docs/performance.md").read_text()
+    assert f"(images/{picture.name})" in page
+    assert "| 64, 32, 128, 256 | 1,234 | 2,500 (2.03x, 1.98-2.07) | 321 | 66% |" in page
+    assert "| fastgru-forward | 5.0 | 4.0-6.0 | 0.5 |" in page
+    assert "A CPU" in page and "torch 2.13.0" in page and "triton" not in page
+    html = (root / "build/report.html").read_text()
+    assert '<td class="number">2,500 (2.03x, 1.98-2.07)</td>' in html and "data:image/png;base64," in html
+
+    # Another result makes everything that quotes the old one out of date, the picture too.
+    record = cpu_gru_record()
+    record["summary"]["forward beside nn.GRU"]["geometric_mean"] = 3.0
+    (root / "benchmarks/results/cpu_gru.json").write_text(json.dumps(record))
+    after = "\n".join(report.Report(root).problems())
+    assert "README.md: a block of results is not up to date" in after
+    assert "is missing; run make report" in after
+
+
+@pytest.mark.parametrize(
+    "prose",
+    ["It is 2.5x faster.", "3 times as fast as nn.GRU", "a step takes 4.3 µs", "1,200 GFLOP/s", "40 % faster", "9 ms"],
+)
+def test_a_speed_in_prose_is_found(report: ModuleType, root: Path, prose: str) -> None:
+    (root / "README.md").write_text(f"One\ntwo\n{prose}\n")
+    (found,) = [problem for problem in report.Report(root).problems() if problem.startswith("README.md")]
+    assert found.startswith("README.md:3: ")
+    assert "is a speed that no block of results holds" in found
+
+
+def test_prose_without_speeds_is_left_alone(report: ModuleType) -> None:
+    for line in ("at most twice the error", "H = 256, 2 threads", "1e-5 of the largest", "16 units", "512 bits", "8x8"):
+        assert not report.SPEED.search(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gpu_gru", "the stored results have no 'gpu_gru', only cpu_gru, suite"),
+        ("cpu_gru.backward", "the stored results have no 'backward', only summary, forward, training"),
+        ("cpu_gru#summary/nothing:.2f", "the stored results have no 'nothing', only forward beside nn.GRU"),
+    ],
+)
+def test_a_block_without_a_result_is_an_error(report: ModuleType, root: Path, name: str, says: str) -> None:
+    (root / "README.md").write_text(f"<!-- results:{name} --><!-- /results -->\n")
+    assert f"README.md: {says}" in list(report.Report(root).problems())
+
+
+def test_an_unknown_record_is_refused(report: ModuleType, root: Path) -> None:
+    (root / "benchmarks/results/other.json").write_text('{"benchmark": "other"}')
+    with pytest.raises(SystemExit, match="neither of cpu_gru, demo nor of pytest-benchmark, but 'other'"):
+        report.Report(root)

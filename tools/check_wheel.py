@@ -1,0 +1,164 @@
+"""Check wheels as a user would meet them; the first finding ends the run with its reason.
+
+    python tools/check_wheel.py dist/*.whl [--with python3.10=2.10.0 ...]
+
+The file: name, version and tag agree with the metadata; one library, nothing vendored, no search path; auditwheel finds
+no symbol newer than the tag promises; torch-abi-audit finds nothing outside torch's stable ABI, and nothing that torch
+2.10 lacks; no CPython symbol at all, so that abi3audit has nothing to audit; twine accepts the metadata.
+
+The installation: for each ``--with PYTHON=TORCH`` (default: this interpreter and its torch) a fresh environment with
+that torch and the wheel alone runs `python -m fastgru verify` from an empty directory. A CUDA wheel passes it on a
+machine without a GPU and with a CPU build of torch, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import torch
+from elftools.elf.elffile import ELFFile
+from packaging.utils import parse_wheel_filename
+from packaging.version import Version
+from torch_abi_audit import inspect_extension
+
+OLDEST_TORCH = Version("2.10")
+LIBRARY = "fastgru/_C.so"
+# torch's libraries, and what every system has. All else, libcuda and libcudart included, must not be needed to load.
+NEEDED = re.compile(r"lib(c10|torch|torch_cpu|stdc\+\+|gcc_s|c|m|dl|rt|pthread)\.so(\.\d+)?|ld-linux-.*")
+
+# Runs in the fresh environment: the compiled library must be there and used, not fallen back from.
+PROBE = """
+import sys, torch, fastgru
+with fastgru.use_backend("cpu"):
+    fastgru.GRU(3, 4)(torch.randn(5, 2, 3))
+assert fastgru.__version__ == sys.argv[1], fastgru.__version__
+cuda = fastgru.__version__.partition("+cu")[2]
+try:
+    built = torch.ops.fastgru.cuda_versions()[0]
+    assert f"{built // 1000}{built // 10 % 100}" == cuda, (built, cuda)
+except NotImplementedError:
+    assert not cuda, "the CUDA part is missing"
+"""
+
+
+def check(condition: bool, wheel: Path, message: str) -> None:
+    """End the run unless ``condition`` holds."""
+    if not condition:
+        raise SystemExit(f"{wheel.name}: {message}")
+
+
+def run(*command: str | Path, cwd: Path | None = None) -> str:
+    """What a command prints; when it fails, the run ends with that."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("FASTGRU_", "PYTHON"))}
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}\nfailed: {' '.join(map(str, command))}")
+    return done.stdout
+
+
+def check_names(wheel: Path, content: zipfile.ZipFile) -> None:
+    """The file's name says what the metadata say, and the content is the package and one library."""
+    _, version, _, tags = parse_wheel_filename(wheel.name)
+    (info,) = {name.partition("/")[0] for name in content.namelist() if name.partition("/")[0].endswith(".dist-info")}
+    metadata = HeaderParser().parsestr(content.read(f"{info}/METADATA").decode())
+    check(metadata["Version"] == str(version), wheel, f"the metadata say version {metadata['Version']}")
+    tagged = HeaderParser().parsestr(content.read(f"{info}/WHEEL").decode()).get_all("Tag")
+    check(sorted(tagged) == sorted(map(str, tags)), wheel, f"the metadata say tags {tagged}")
+    for tag in tags:
+        check((tag.interpreter, tag.abi) == ("py3", "none"), wheel, f"{tag} is not for every Python 3")
+        check(tag.platform.startswith("manylinux_2_28_"), wheel, f"{tag} is not for manylinux_2_28")
+    requirements = metadata.get_all("Requires-Dist") or []
+    runtime = [line for line in requirements if "extra ==" not in line]
+    check(runtime == ["torch>=2.10"], wheel, f"it requires {runtime}, not torch alone")
+    libraries = [name for name in content.namelist() if ".so" in Path(name).name or ".libs/" in name]
+    check(libraries == [LIBRARY], wheel, f"it holds {libraries}, not {LIBRARY} alone")
+    for name in ("fastgru/kernels/__init__.py", "fastgru/py.typed", f"{info}/licenses/LICENSE"):
+        check(name in content.namelist(), wheel, f"it lacks {name}")
+
+
+def check_library(wheel: Path, library: Path) -> None:
+    """What the library needs to load is in every torch from the oldest on and in every system."""
+    with library.open("rb") as file:
+        elf = ELFFile(file)
+        dynamic = list(elf.get_section_by_name(".dynamic").iter_tags())
+        symbols = [s.name for s in elf.get_section_by_name(".dynsym").iter_symbols() if s["st_shndx"] == "SHN_UNDEF"]
+    needed = [tag.needed for tag in dynamic if tag.entry.d_tag == "DT_NEEDED"]
+    foreign = [name for name in needed if not NEEDED.fullmatch(name)]
+    check(not foreign, wheel, f"it needs {foreign} to load")
+    paths = [tag.entry.d_tag for tag in dynamic if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
+    check(not paths, wheel, f"{paths} names folders of the machine it was built on")
+    private = [name for name in symbols if re.match(r"_?Py|cuda|cu[A-Z]", name)]
+    check(not private, wheel, f"it needs {private}, which not every Python and every machine has")
+    found = inspect_extension(library).torch
+    check(found.stable, wheel, f"outside torch's stable ABI: {found.unstable_symbols}")
+    check(not found.unknown_shim_symbols, wheel, f"torch-abi-audit does not know {found.unknown_shim_symbols}")
+    least = Version(found.min_torch_version)
+    check(least <= OLDEST_TORCH, wheel, f"{found.version_defining_symbols} need torch {least}")
+    print(f"  stable ABI: {found.stable_shim_count} functions of torch, all in {least}", flush=True)
+
+
+def check_file(wheel: Path) -> None:
+    """Everything that can be told without installing."""
+    with zipfile.ZipFile(wheel) as content, tempfile.TemporaryDirectory() as directory:
+        check_names(wheel, content)
+        check_library(wheel, Path(content.extract(LIBRARY, directory)))
+    shown = " ".join(run(sys.executable, "-m", "auditwheel", "show", wheel).split())
+    tags = [int(minor) for minor in re.findall(r'"manylinux_2_(\d+)_', shown)]
+    check(bool(tags) and max(tags) <= 28, wheel, f"auditwheel: {shown}")
+    run(sys.executable, "-m", "twine", "check", "--strict", wheel)
+    print("  auditwheel and twine: accepted", flush=True)
+
+
+def check_installed(wheel: Path, python: str, version: str) -> None:
+    """Install the wheel alone, beside torch ``version``, and verify it from another directory."""
+    local = parse_wheel_filename(wheel.name)[1]
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        interpreter = directory / "venv/bin/python"
+        run(python, "-m", "venv", directory / "venv")
+        run(interpreter, "-m", "pip", "install", "--quiet", f"torch=={version}")
+        # No index: what the wheel needs beyond torch would be missing.
+        run(interpreter, "-m", "pip", "install", "--quiet", "--no-index", wheel.resolve())
+        (directory / "empty").mkdir()
+        run(interpreter, "-c", PROBE, str(local), cwd=directory / "empty")
+        printed = run(interpreter, "-m", "fastgru", "verify", cwd=directory / "empty")
+        exact = run(interpreter, "-c", "import platform, torch; print(platform.python_version(), torch.__version__)")
+    print(f"  Python, torch {exact.splitlines()[-1]}: {printed.splitlines()[-1]}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wheels", nargs="+", type=Path)
+    parser.add_argument(
+        "--with",
+        dest="pairs",
+        nargs="+",
+        default=[f"{sys.executable}={torch.__version__.partition('+')[0]}"],
+        metavar="PYTHON=TORCH",
+        help="interpreters and versions of torch to install with; default: those that run this",
+    )
+    options = parser.parse_args()
+    pairs = [pair.partition("=")[::2] for pair in options.pairs]
+    for python, version in pairs:
+        if shutil.which(python) is None or not version:
+            parser.error(f"--with: {python}={version} is not an interpreter and a version of torch")
+    for wheel in options.wheels:
+        print(wheel, flush=True)
+        check_file(wheel)
+        for python, version in pairs:
+            check_installed(wheel, python, version)
+
+
+if __name__ == "__main__":
+    main()
