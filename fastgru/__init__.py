@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from fastgru import flash_attn
 from fastgru.backends.registry import BackendUnavailable, explain, use_backend
 from fastgru.nn import GRU, Decoder, Encoder, GRUCell, ReferenceDecoder, ReferenceEncoder
-from fastgru.ops import gru
+from fastgru.ops import flash_attention, gru, scaled_dot_product_attention
 
 __all__ = [
     "GRU",
@@ -15,7 +16,10 @@ __all__ = [
     "ReferenceDecoder",
     "ReferenceEncoder",
     "explain",
+    "flash_attention",
+    "flash_attn",
     "gru",
+    "scaled_dot_product_attention",
     "use_backend",
 ]
 
