@@ -2,17 +2,28 @@
 // every Python and every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/attention_op.h"
 #include "cpu/gru_op.h"
+#include "cpu/tensor.h"
+
+namespace {
+void set_poison(bool on) {
+  fastgru::cpu_set_poison(on);
+  fastgru::tensor_poison().store(on);
+}
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastgru, CPU, m) {
   m.impl("cpu_gru_infer", TORCH_BOX(&fastgru::gru_infer));
   m.impl("cpu_gru_train", TORCH_BOX(&fastgru::gru_train));
   m.impl("cpu_gru_backward", TORCH_BOX(&fastgru::gru_backward));
+  m.impl("cpu_attention", TORCH_BOX(&fastgru::attention));
+  m.impl("cpu_attention_backward", TORCH_BOX(&fastgru::attention_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgru, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&fastgru::cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&fastgru::cpu_isas));
   m.impl("cpu_set_isa", TORCH_BOX(&fastgru::cpu_set_isa));
-  m.impl("cpu_set_poison", TORCH_BOX(&fastgru::cpu_set_poison));
+  m.impl("cpu_set_poison", TORCH_BOX(&set_poison));
 }

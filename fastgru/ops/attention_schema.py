@@ -119,7 +119,7 @@ def _define(backend: str) -> AttentionOps:
     return ops
 
 
-ATTENTION_OPS = {name: _define(name) for name in ("reference",)}
+ATTENTION_OPS = {name: _define(name) for name in ("reference", "cpu")}
 
 LIBRARY.impl(ATTENTION_OPS["reference"].forward, reference_attention.attention, "CompositeExplicitAutograd")
 LIBRARY.impl(ATTENTION_OPS["reference"].backward, reference_attention.attention_backward, "CompositeExplicitAutograd")
