@@ -1,20 +1,32 @@
-"""Drop-in GRU modules for PyTorch on faster kernels."""
+"""Drop-in GRU and attention modules for PyTorch on faster kernels."""
 
 from __future__ import annotations
 
 from fastgru import flash_attn
 from fastgru.backends.registry import BackendUnavailable, explain, use_backend
-from fastgru.nn import GRU, Decoder, Encoder, GRUCell, ReferenceDecoder, ReferenceEncoder
-from fastgru.ops import flash_attention, gru, scaled_dot_product_attention
+from fastgru.nn import (
+    GRU,
+    AttentionDecoder,
+    Decoder,
+    Encoder,
+    GRUCell,
+    MultiheadAttention,
+    ReferenceDecoder,
+    ReferenceEncoder,
+)
+from fastgru.ops import additive_attention, flash_attention, gru, scaled_dot_product_attention
 
 __all__ = [
     "GRU",
+    "AttentionDecoder",
     "BackendUnavailable",
     "Decoder",
     "Encoder",
     "GRUCell",
+    "MultiheadAttention",
     "ReferenceDecoder",
     "ReferenceEncoder",
+    "additive_attention",
     "explain",
     "flash_attention",
     "flash_attn",

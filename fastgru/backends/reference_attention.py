@@ -168,13 +168,15 @@ def _scores(a: Attention, key: Tensor, start: int, stop: int) -> tuple[Tensor, T
     return capped, scores if visible is None else scores.masked_fill(~visible, -torch.inf)
 
 
-def _product(a: Attention, weights: Tensor, x: Tensor) -> Tensor:
+def hiding_product(weights: Tensor, x: Tensor) -> Tensor:
     """weights @ x, in which a weight of zero hides what it meets, NaN and infinity too."""
-    if not a.hides:
-        return weights @ x
     odd = ~x.isfinite()
     met = (weights.detach() != 0).to(x.dtype) @ odd.to(x.dtype)
     return (weights @ x.masked_fill(odd, 0)).masked_fill(met > 0, torch.nan)
+
+
+def _product(a: Attention, weights: Tensor, x: Tensor) -> Tensor:
+    return hiding_product(weights, x) if a.hides else weights @ x
 
 
 def _check_lengths(a: Attention) -> None:

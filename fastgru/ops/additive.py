@@ -58,7 +58,8 @@ def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
     keep_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves: list[Any] = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
-        output, _ = reference_additive.additive_differentiable(*leaves[1:], k_lengths)
+        query, key, weight, value = leaves[1:]
+        output, _ = reference_additive.additive_differentiable(query, key, weight, value, k_lengths)
         first = _grad([output], leaves[1:], [leaves[0]], create_graph=True)
         pairs = [(g, gg) for g, gg in zip(first, grad_grads, strict=True) if g is not None and gg is not None]
         grads = _grad([g for g, _ in pairs], leaves, [gg for _, gg in pairs], create_graph=keep_graph)

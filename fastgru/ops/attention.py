@@ -7,12 +7,13 @@ import warnings
 from typing import Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
 from fastgru.backends import registry
-from fastgru.backends.reference_attention import attention_differentiable
+from fastgru.backends.reference_attention import attention_differentiable, hiding_product
 from fastgru.ops.attention_schema import ATTENTION_OPS, AttentionOps
 from fastgru.ops.schema import call
 
@@ -294,3 +295,31 @@ def scaled_dot_product_attention(
         enable_gqa=enable_gqa,
     )
     return output.reshape(*lead, *output.shape[-2:])
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """Attention that also returns its weights, which takes memory quadratic in the lengths.
+
+    Args:
+        query, key, value: [B, H, Lq, D], [B, H, Lk, D] and [B, H, Lk, Dv].
+        mask: as in :func:`flash_attention`.
+        dropout_p: probability of dropping a weight.
+
+    Returns:
+        output [B, H, Lq, Dv] and the weights [B, H, Lq, Lk] it was computed with, dropout included. A query that sees
+        no key has weights and output of 0.
+    """
+    query, key, value = _autocast(query, key, value)
+    scores = (query / math.sqrt(query.shape[-1])) @ key.mT
+    if mask is not None and mask.dtype is torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    hidden = scores == -torch.inf
+    empty = hidden.all(-1, keepdim=True)
+    weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+    if dropout_p > 0:
+        weights = F.dropout(weights, dropout_p)
+    return hiding_product(weights, value) if mask is not None else weights @ value, weights
