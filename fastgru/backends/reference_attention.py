@@ -11,7 +11,7 @@ Backward, with delta_i = do_i . o_i - dlse_i:
     dp = drop(do_i . v_j)    ds = p (dp - delta_i)    dx = ds (1 - (c / softcap)^2)
     dq_i = scale sum_j dx k_j    dk_j = scale sum_i dx q_i    dv_j = sum_i drop(p) do_i    dbias = ds
 
-Query i may see key j when j < k_length, i < q_length, the mask allows it and
+Query i may see key j when j < k_length, i < q_length, the mask allows it, bias is not -inf and
 -window_left <= j - (i + offset) <= window_right, where a negative window has no bound. The offset is
 k_length - q_length with ``bottom_right``, else 0. A row that sees no key has o = 0, lse = -inf and no gradient.
 Whatever a hidden position holds, NaN included, reaches neither results nor gradients.
@@ -163,7 +163,8 @@ def _scores(a: Attention, key: Tensor, start: int, stop: int) -> tuple[Tensor, T
         j = torch.arange(a.key.size(2), device=key.device)
         scores = scores - a.alibi_slopes[:, :, None, None] * (i + _offset(a) - j).abs()
     if a.bias is not None:
-        scores = scores + _wide(_rows_of(a.bias, start, stop))
+        bias = _wide(_rows_of(a.bias, start, stop))
+        scores = (scores + bias).masked_fill(bias == -torch.inf, -torch.inf)
     visible = _visible(a, start, stop)
     return capped, scores if visible is None else scores.masked_fill(~visible, -torch.inf)
 

@@ -155,7 +155,8 @@ def flash_attention(
     Args:
         query: [B, Hq, Lq, D]. Any strides; float32, float64, bfloat16 or float16.
         key, value: [B, Hk, Lk, D] and [B, Hk, Lk, Dv].
-        attn_mask: broadcastable to [B, Hq, Lq, Lk]. bool: True may be seen. Floating: added to the scores.
+        attn_mask: broadcastable to [B, Hq, Lq, Lk]. bool: True may be seen. Floating: added to the scores;
+            -inf hides, as False does.
         bias: floating, broadcastable likewise, added to the scores. Has a gradient, as a floating attn_mask has.
         dropout_p: probability in [0, 1) of dropping a weight. Its seed comes from torch's generator.
         causal: no query sees a key beyond its diagonal.
@@ -316,7 +317,7 @@ def attention_weights(
     if mask is not None and mask.dtype is torch.bool:
         scores = scores.masked_fill(~mask, -torch.inf)
     elif mask is not None:
-        scores = scores + mask
+        scores = (scores + mask).masked_fill(mask == -torch.inf, -torch.inf)
     hidden = scores == -torch.inf
     empty = hidden.all(-1, keepdim=True)
     weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)

@@ -67,6 +67,7 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     # Neither output, lse nor the flag: nothing is differentiated through those.
     tensors, ctx.numbers = _split(inputs[: 2 + _COUNT])
+    ctx.has_bias_grad = inputs[-1]
     ctx.save_for_backward(*tensors)
 
 
@@ -96,6 +97,8 @@ def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
         outputs = reference_attention.attention_differentiable(*inputs, *tensors[count:], *ctx.numbers)
         seeds = [pair for pair in zip(outputs, leaves[:2], strict=True) if pair[1] is not None]
         first = _grad([out for out, _ in seeds], inputs, [seed for _, seed in seeds], create_graph=True)
+        if not ctx.has_bias_grad:
+            first[-1] = None
         pairs = [(g, gg) for g, gg in zip(first, grad_grads, strict=True) if g is not None and gg is not None]
         wanted = [leaf if need else None for leaf, need in zip(leaves, ctx.needs_input_grad, strict=False)]
         grads = _grad([g for g, _ in pairs], wanted, [gg for _, gg in pairs], create_graph=keep_graph)
