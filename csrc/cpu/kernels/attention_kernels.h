@@ -6,8 +6,8 @@
 // Backward, with delta_i = do_i . o_i - dlse_i:
 //   dp = drop(do_i . v_j)         ds = p (dp - delta_i)                        dx = ds (1 - (c / softcap)^2)
 //   dq_i = scale sum_j dx k_j     dk_j = scale sum_i dx q_i    dv_j = sum_i drop(p) do_i    dbias = ds
-// s is -inf where i may not see j, and where bias is -inf; what such a position holds, NaN included, reaches nothing. A row that sees nothing
-// has o = 0 and lse = -inf. Saved for the backward pass: o and lse alone.
+// s is -inf where i may not see j, and where bias is -inf; what such a position holds, NaN included, reaches nothing. A
+// row that sees nothing has o = 0 and lse = -inf. Saved for the backward pass: o and lse alone.
 //
 // Letters: B sequences, Hq and Hk heads of queries and keys, Lq and Lk their lengths, D and Dv columns of keys and
 // values. Compute type: double for f64, otherwise float.
