@@ -109,9 +109,13 @@ def run(backend: Any, a: Attention, seeds: tuple[Tensor, Tensor], dtype: torch.d
     return [t.double() for t in (output, lse, *grads)]
 
 
+HALF = ("plain", "causal, more keys", "bias of heads", "dropout", "all")
+
+
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name, dtype", [*((name, torch.float32) for name in CASES), *((name, torch.float16) for name in HALF)], ids=str
+)
 def test_like_the_reference(name: str, dtype: torch.dtype) -> None:
     a = problem(CASES[name], dtype)
     output_shape = (*a.query.shape[:3], a.value.shape[3])
@@ -172,3 +176,35 @@ def test_empty_bias_gradient_and_operator() -> None:
         for backend in ("reference", "triton")
     ]
     torch.testing.assert_close(*grads)
+
+
+POINTERS = {name: "*bf16" for name in ("q", "k", "v", "out", "d_out", "dq", "dk", "dv", "bias")}
+POINTERS |= {name: "*fp32" for name in ("lse", "delta", "d_bias", "slopes")}
+POINTERS |= {"mask": "*i8", "seed": "*i64", "q_lengths": "*i64", "k_lengths": "*i64"}
+NUMBERS = {"scale": "fp32", "softcap": "fp32", "keep_scale": "fp32", "drop_below": "i64"}
+# Compute capability: bytes of shared memory of a program, and the instruction that multiplies.
+TARGETS = {80: (166_912, "mma.sync"), 90: (232_448, "wgmma"), 100: (232_448, "tcgen05")}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("name", ["attention_forward", "attention_backward_queries", "attention_backward_keys"])
+def test_compiles_without_a_gpu(name: str, capability: int) -> None:
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(triton_attention._module("attn_fwd" if name == "attention_forward" else "attn_bwd"), name)
+    sizes = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_DV": 64, "PRECISION": "ieee"}
+    # Every other constant turns a feature on.
+    constants = {arg: sizes.get(arg, True) for arg in kernel.arg_names if arg.isupper()}
+    signature = {
+        arg: "constexpr" if arg in constants else POINTERS.get(arg) or NUMBERS.get(arg, "i32")
+        for arg in kernel.arg_names
+    }
+    constexprs = {(kernel.arg_names.index(arg),): value for arg, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
+    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=dict(triton_attention._OPTIONS))
+    most, instruction = TARGETS[capability]
+    assert compiled.metadata.shared <= most
+    assert instruction in compiled.asm["ptx"]
