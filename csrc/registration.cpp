@@ -2,12 +2,16 @@
 // every Python and every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/attention_op.h"
 #include "cpu/gru_op.h"
+#include "cpu/tensor.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fastgru, CPU, m) {
   m.impl("cpu_gru_infer", TORCH_BOX(&fastgru::gru_infer));
   m.impl("cpu_gru_train", TORCH_BOX(&fastgru::gru_train));
   m.impl("cpu_gru_backward", TORCH_BOX(&fastgru::gru_backward));
+  m.impl("cpu_attention", TORCH_BOX(&fastgru::attention));
+  m.impl("cpu_attention_backward", TORCH_BOX(&fastgru::attention_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgru, CompositeExplicitAutograd, m) {

@@ -1,14 +1,17 @@
-"""Drop-in GRU modules for PyTorch on faster kernels."""
+"""Drop-in GRU and attention modules for PyTorch on faster kernels."""
 
 from __future__ import annotations
 
+from fastgru import flash_attn
 from fastgru.backends.registry import BackendUnavailable, explain, use_backend
 from fastgru.nn import (
     GRU,
+    AttentionDecoder,
     ConversionReport,
     Decoder,
     Encoder,
     GRUCell,
+    MultiheadAttention,
     ReferenceDecoder,
     ReferenceEncoder,
     conversion_report,
@@ -16,23 +19,29 @@ from fastgru.nn import (
     patch,
     revert,
 )
-from fastgru.ops import gru
+from fastgru.ops import additive_attention, flash_attention, gru, scaled_dot_product_attention
 
 __all__ = [
     "GRU",
+    "AttentionDecoder",
     "BackendUnavailable",
     "ConversionReport",
     "Decoder",
     "Encoder",
     "GRUCell",
+    "MultiheadAttention",
     "ReferenceDecoder",
     "ReferenceEncoder",
+    "additive_attention",
     "conversion_report",
     "convert",
     "explain",
+    "flash_attention",
+    "flash_attn",
     "gru",
     "patch",
     "revert",
+    "scaled_dot_product_attention",
     "use_backend",
 ]
 

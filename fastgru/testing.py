@@ -9,7 +9,10 @@ problem: one number's rounding is luck.
 
 from __future__ import annotations
 
+import itertools
+import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -174,3 +177,21 @@ def _compare(name: str, draws: list[tuple[Tensor, Tensor, Tensor]], dtype: torch
         multiple = 3
     limit = multiple * torch_error + _FLOOR * eps * reference.abs().max().item()
     return Comparison(name, (ours - reference).abs().max().item(), limit, torch_error)
+
+
+def pairwise(factors: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Few combinations in which every pair of values of two factors occurs: greedy, from random candidates."""
+    rng = random.Random(0)
+
+    def pairs(case: dict[str, Any]) -> set[tuple[tuple[str, Any], ...]]:
+        return set(itertools.combinations(case.items(), 2))
+
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(factors, 2) for x in factors[a] for y in factors[b]}
+    chosen = []
+    while missing:
+        (a, x), (b, y) = min(missing, key=str)
+        candidates = [{name: rng.choice(values) for name, values in factors.items()} | {a: x, b: y} for _ in range(50)]
+        best = max(candidates, key=lambda case: len(pairs(case) & missing))
+        missing -= pairs(best)
+        chosen.append(best)
+    return chosen

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 from typing import Any
 
 import pytest
 import torch
 
-from fastgru.testing import GruProblem, assert_parity
+from fastgru.testing import GruProblem, assert_parity, pairwise
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FACTORS: dict[str, list[Any]] = {
@@ -25,24 +23,6 @@ FACTORS: dict[str, list[Any]] = {
     "packed": [False, True],
     "hx": [False, True],
 }
-
-
-def pairwise(factors: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Few combinations in which every pair of values of two factors occurs: greedy, from random candidates."""
-    rng = random.Random(0)
-
-    def pairs(case: dict[str, Any]) -> set[tuple[tuple[str, Any], ...]]:
-        return set(itertools.combinations(case.items(), 2))
-
-    missing = {((a, x), (b, y)) for a, b in itertools.combinations(factors, 2) for x in factors[a] for y in factors[b]}
-    chosen = []
-    while missing:
-        (a, x), (b, y) = min(missing, key=str)
-        candidates = [{name: rng.choice(values) for name, values in factors.items()} | {a: x, b: y} for _ in range(50)]
-        best = max(candidates, key=lambda case: len(pairs(case) & missing))
-        missing -= pairs(best)
-        chosen.append(best)
-    return chosen
 
 
 SELECTION = [GruProblem(**case, seed=seed) for seed, case in enumerate(pairwise(FACTORS))]

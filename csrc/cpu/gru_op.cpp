@@ -1,193 +1,20 @@
 // The tensor layer of the CPU backend: from torch tensors to the structs of the engine and back.
 #include "gru_op.h"
 
-#include <sys/mman.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
 #include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "isa.h"
+#include "tensor.h"
 
 namespace fastgru {
 namespace {
 
 using torch::headeronly::ScalarType;
 
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Double:
-      return DType::f64;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    default:
-      STD_TORCH_CHECK(false, "fastgru: the cpu backend computes in float32, float64, bfloat16 and float16 only");
-  }
-}
-
-void run_parallel(int n, void (*body)(int, void*), void* arg) {
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(int(i), arg);
-  });
-}
-
-// Where another process holds a core, the thread there comes and goes, and a call waits for it longer than it would
-// take alone. After two calls in a row of which a good part was waiting, that is not risked again before so much time
-// has passed that the wait could not have been worth much: the thread works alone until then, and after one more such
-// call again. (Results do not depend on the number of threads.)
-constexpr int64_t kUsualWaitNs = 50'000, kPartOfCall = 4, kTimesAsLong = 8;
-thread_local int64_t alone_until_ns = 0;
-thread_local bool waited_before = false;
-
-void note_wait(int64_t waited_ns, int64_t total_ns) {
-  const bool long_wait = waited_ns > kUsualWaitNs && waited_ns > total_ns / kPartOfCall;
-  if (long_wait && waited_before) alone_until_ns = now_ns() + kTimesAsLong * waited_ns;
-  waited_before = long_wait;
-}
-
-Parallel parallel() {
-  const bool alone = alone_until_ns > 0 && now_ns() < alone_until_ns;
-  return {alone ? 1 : int(torch::stable::get_num_threads()), run_parallel, note_wait};
-}
-
-constexpr size_t kLargePage = size_t(1) << 21;
-
-// Tests set this: memory that nothing has been written to then reads as NaN.
-std::atomic<bool> poison{false};
-// Likewise: chunks so small that a short sequence has many.
+// Tests set this: chunks so small that a short sequence has many.
 std::atomic<int64_t> chunk_tokens{0};
-
-// Fresh memory costs a page fault per 4 KiB, more than the arithmetic on it. Large pages, where the system gives them
-// on request, cost a hundredth of that, and a walk through them does not wait for address translation.
-void prefer_large_pages(void* memory, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kLargePage - 1) / kLargePage * kLargePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kLargePage * kLargePage;
-  // Advice: where it is not taken, nothing is lost.
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-// A contiguous CPU tensor from torch's allocator. (torch::stable::new_empty looks its operator up by name on every
-// call, which costs a microsecond: a third of a streaming step.)
-Tensor new_tensor(int32_t dtype, const std::vector<int64_t>& size) {
-  std::vector<int64_t> strides(size.size());
-  int64_t elements = 1;
-  for (size_t i = size.size(); i-- > 0; elements *= size[i] ? size[i] : 1) strides[i] = elements;
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor t(handle);
-  const size_t bytes = t.numel() * t.element_size();
-  if (bytes >= 2 * kLargePage) prefer_large_pages(t.mutable_data_ptr(), bytes);
-  if (poison.load(std::memory_order_relaxed)) std::memset(t.mutable_data_ptr(), 0xff, bytes);
-  return t;
-}
-
-// Memory straight from the system: what is given back is gone at once, not kept by an allocator between its blocks.
-class Slab {
- public:
-  Slab() = default;
-  explicit Slab(size_t bytes) {
-    // In large pages, if it fills a good part of one: packed weights then lie evenly over the sets of a cache too.
-    const bool large = bytes >= kLargePage / 4;
-    const size_t unit = large ? kLargePage : 4096;
-    bytes_ = (bytes + unit - 1) / unit * unit;
-    mapped_ = bytes_ + (large ? kLargePage : 0);
-    void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) {
-      // Torch's allocator has the words for it. If it still finds the memory, all is well too.
-      fallback_ = new_tensor(aoti_torch_dtype_uint8(), {int64_t(bytes_)});
-      data_ = static_cast<char*>(fallback_->mutable_data_ptr());
-      return;
-    }
-    mapping_ = memory;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + unit - 1) / unit * unit;
-    data_ = reinterpret_cast<char*>(begin);
-    if (large) prefer_large_pages(data_, bytes_);
-  }
-  Slab(Slab&& other) noexcept { *this = std::move(other); }
-  Slab& operator=(Slab&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(bytes_, other.bytes_);
-    std::swap(mapping_, other.mapping_);
-    std::swap(mapped_, other.mapped_);
-    std::swap(fallback_, other.fallback_);
-    return *this;
-  }
-  ~Slab() {
-    if (mapping_) munmap(mapping_, mapped_);
-  }
-
-  char* data() const { return data_; }
-  size_t bytes() const { return bytes_; }
-
- private:
-  char* data_ = nullptr;
-  size_t bytes_ = 0;
-  void* mapping_ = nullptr;
-  size_t mapped_ = 0;
-  OptionalTensor fallback_;
-};
-
-// Scratch memory of one call, cut from a slab that the thread keeps for its next call (up to kKept bytes of it).
-class Arena {
- public:
-  Arena() : slab_(std::move(kept().slab)), wanted_(kept().wanted) {}
-  ~Arena() {
-    // What did not fit shows how large the slab should be.
-    kept().wanted = used_ > kKept ? 0 : std::max(wanted_, used_);
-    if (used_ <= slab_.bytes()) kept().slab = std::move(slab_);
-  }
-  Arena(const Arena&) = delete;
-
-  Scratch scratch() {
-    return {this, [](void* self, size_t bytes) { return static_cast<Arena*>(self)->allocate(bytes); }};
-  }
-
- private:
-  static constexpr size_t kKept = size_t(64) << 20, kFirst = size_t(1) << 17;
-
-  struct Kept {
-    Slab slab;
-    size_t wanted = 0;
-  };
-  static Kept& kept() {
-    thread_local Kept kept;
-    return kept;
-  }
-
-  void* allocate(size_t bytes) {
-    bytes = (bytes + 63) / 64 * 64;
-    if (!slab_.data()) slab_ = Slab(std::max({wanted_, kFirst, bytes}));
-    void* result = slab_.data() + used_;
-    if (used_ + bytes > slab_.bytes()) {
-      overflow_.emplace_back(bytes);
-      result = overflow_.back().data();
-    }
-    used_ += bytes;
-    if (poison.load(std::memory_order_relaxed)) std::memset(result, 0xff, bytes);
-    return result;
-  }
-
-  Slab slab_;
-  size_t wanted_, used_ = 0;
-  std::vector<Slab> overflow_;
-};
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
@@ -202,7 +29,7 @@ struct Layer {
   Layer(const Tensor& input_, const Tensor& hx_, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
         const OptionalTensor& b_hh, const OptionalTensor& w_ih_r, const OptionalTensor& w_hh_r,
         const OptionalTensor& b_ih_r, const OptionalTensor& b_hh_r, const OptionalTensor& batch_sizes_)
-      : input(input_), hx(dense(hx_)), batch_sizes(batch_sizes_), dtype(dtype_of(input_)) {
+      : input(input_), hx(dense(hx_)), batch_sizes(batch_sizes_), dtype(tensor_dtype(input_)) {
     const bool packed = batch_sizes.has_value();
     STD_TORCH_CHECK(input.dim() == (packed ? 2 : 3) && hx.dim() == 3 && w_ih.dim() == 2 && w_hh.dim() == 2,
                     "fastgru: expected input [T, B, I] (packed: [N, I]), hx [D, B, H] and matrices of weights");
@@ -276,7 +103,7 @@ struct Layer {
   Tensor empty(const std::vector<int64_t>& size) const {
     int32_t like;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(input.get(), &like));
-    return new_tensor(like, size);
+    return contiguous_tensor(like, size);
   }
   // One row per token: [T, B, columns], or [N, columns] where the input is packed.
   Tensor empty_tokens(int64_t columns) const {
@@ -291,7 +118,7 @@ void forward(const Layer& layer, const Tensor& output, const Tensor& h_n, const 
   Arena arena;
   const GruForward f{layer.shape, output.mutable_data_ptr(), h_n.mutable_data_ptr(),
                      gates ? gates->mutable_data_ptr() : nullptr};
-  current_engine().forward[int(layer.dtype)](f, parallel(), arena.scratch());
+  current_engine().forward[int(layer.dtype)](f, torch_threads(), arena.scratch());
 }
 
 }  // namespace
@@ -355,14 +182,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const Op
                       wanted(db_ih, need_weight_grad),
                       wanted(db_hh, need_weight_grad),
                       chunk_tokens.load(std::memory_order_relaxed)};
-  current_engine().backward[int(layer.dtype)](b, parallel(), arena.scratch());
+  current_engine().backward[int(layer.dtype)](b, torch_threads(), arena.scratch());
   return {dx, dh0, dw_ih, dw_hh, db_ih, db_hh};
 }
 
 std::string cpu_isa() { return current_engine().name; }
 std::string cpu_isas() { return usable_engines(); }
 void cpu_set_isa(std::string name) { set_engine(name); }
-void cpu_set_poison(bool on) { poison.store(on); }
 void cpu_set_chunk_tokens(int64_t tokens) { chunk_tokens.store(tokens); }
 
 }  // namespace fastgru

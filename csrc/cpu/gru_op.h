@@ -28,8 +28,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const Op
 std::string cpu_isa();
 std::string cpu_isas();
 void cpu_set_isa(std::string name);
-// For tests.
-void cpu_set_poison(bool on);               // fill fresh memory with NaN
-void cpu_set_chunk_tokens(int64_t tokens);  // tokens per chunk of the backward pass, 0 for the usual number
+void cpu_set_chunk_tokens(int64_t tokens);  // for tests: tokens per chunk of the backward pass, 0 for the usual number
 
 }  // namespace fastgru

@@ -27,6 +27,8 @@ const Engine* avx512_with_bf16() {
     e.name = native.name;
     e.forward[bf16] = native.forward[bf16];
     e.backward[bf16] = native.backward[bf16];
+    e.attention_forward[bf16] = native.attention_forward[bf16];
+    e.attention_backward[bf16] = native.attention_backward[bf16];
     return e;
   }();
   return &engine;

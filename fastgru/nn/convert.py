@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from fastgru.backends import BackendUnavailable, select
+from fastgru.nn.attention import MultiheadAttention
 from fastgru.nn.gru import GRU, GRUCell, TorchGRU, TorchGRUCell
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -43,7 +44,11 @@ _RNN_CALLS = (
     "permute_hidden",
 )
 
-TABLE = (Swap(TorchGRU, GRU, _RNN_CALLS), Swap(TorchGRUCell, GRUCell))
+TABLE = (
+    Swap(TorchGRU, GRU, _RNN_CALLS),
+    Swap(TorchGRUCell, GRUCell),
+    Swap(nn.MultiheadAttention, MultiheadAttention),
+)
 
 # Where torch derives a class from a module's own at run time: register_parametrization, fully_shard, replicate.
 _WRAPPING_MODULES = ("torch.nn.utils.parametrize", "torch.distributed.")
@@ -82,7 +87,8 @@ class ConversionReport:
 
 
 def convert(model: _Model) -> _Model:
-    """Make every ``nn.GRU`` and ``nn.GRUCell`` in ``model``, itself included, run on fastgru; in place.
+    """Make every ``nn.GRU``, ``nn.GRUCell`` and ``nn.MultiheadAttention`` in ``model``, itself included, run on fastgru;
+    in place.
 
     The modules stay the same objects and only change class, so optimizers, hooks, parametrizations, shared modules and
     tied weights do not notice. ``isinstance(module, nn.GRU)`` is false afterwards, because torch.compile refuses what

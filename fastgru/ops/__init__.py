@@ -1,5 +1,14 @@
 """Operators: schema, argument checks, fake kernels and autograd. Importing this package registers them."""
 
+from fastgru.ops.additive import additive_attention
+from fastgru.ops.attention import attention_weights, flash_attention, scaled_dot_product_attention
 from fastgru.ops.gru import gru, gru_cell
 
-__all__ = ["gru", "gru_cell"]
+__all__ = [
+    "additive_attention",
+    "attention_weights",
+    "flash_attention",
+    "gru",
+    "gru_cell",
+    "scaled_dot_product_attention",
+]

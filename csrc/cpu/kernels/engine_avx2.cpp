@@ -1,4 +1,5 @@
 // The engine for AVX2 with FMA and F16C.
+#include "attention_kernels.h"
 #include "gru_kernels.h"
 #include "team.h"
 

@@ -1,4 +1,5 @@
 // The engine for AVX-512 (F, BW, DQ, VL).
+#include "attention_kernels.h"
 #include "gru_kernels.h"
 #include "team.h"
 

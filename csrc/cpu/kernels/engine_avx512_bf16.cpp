@@ -1,4 +1,5 @@
 // The AVX-512 engine with bf16 products on the processor's own instruction (AVX512_BF16). Only the bf16 entries differ.
+#include "attention_kernels.h"
 #include "gru_kernels.h"
 #include "team.h"
 

@@ -1,6 +1,7 @@
 // The engine in 128-bit vectors, for any processor.
 #include <new>
 
+#include "attention_kernels.h"
 #include "gru_kernels.h"
 #include "team.h"
 

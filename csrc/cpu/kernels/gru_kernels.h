@@ -17,6 +17,9 @@
 
 namespace fastgru {
 
+struct AttentionForward;
+struct AttentionBackward;
+
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 constexpr int kDTypes = 4;
 
@@ -84,6 +87,8 @@ struct Engine {
   int vector_bytes;
   void (*forward[kDTypes])(const GruForward&, const Parallel&, const Scratch&);
   void (*backward[kDTypes])(const GruBackward&, const Parallel&, const Scratch&);
+  void (*attention_forward[kDTypes])(const AttentionForward&, const Parallel&, const Scratch&);
+  void (*attention_backward[kDTypes])(const AttentionBackward&, const Parallel&, const Scratch&);
 
   // y[i] = f(x[i]), f32 and f64.
   void (*exp_f32)(int64_t n, const float* x, float* y);

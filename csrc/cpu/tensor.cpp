@@ -1,0 +1,151 @@
+#include "tensor.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+namespace fastgru {
+namespace {
+
+void run_parallel(int n, void (*body)(int, void*), void* arg) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(int(i), arg);
+  });
+}
+
+// Where another process holds a core, the thread there comes and goes, and a call waits for it longer than it would
+// take alone. After two calls in a row of which a good part was waiting, that is not risked again before so much time
+// has passed that the wait could not have been worth much: the thread works alone until then, and after one more such
+// call again. (Results do not depend on the number of threads.)
+constexpr int64_t kUsualWaitNs = 50'000, kPartOfCall = 4, kTimesAsLong = 8;
+thread_local int64_t alone_until_ns = 0;
+thread_local bool waited_before = false;
+
+void note_wait(int64_t waited_ns, int64_t total_ns) {
+  const bool long_wait = waited_ns > kUsualWaitNs && waited_ns > total_ns / kPartOfCall;
+  if (long_wait && waited_before) alone_until_ns = now_ns() + kTimesAsLong * waited_ns;
+  waited_before = long_wait;
+}
+
+constexpr size_t kLargePage = size_t(1) << 21;
+
+// Tests set this: memory that nothing has been written to then reads as NaN.
+std::atomic<bool> poison{false};
+
+// Fresh memory costs a page fault per 4 KiB, more than the arithmetic on it. Large pages, where the system gives them
+// on request, cost a hundredth of that, and a walk through them does not wait for address translation.
+void prefer_large_pages(void* memory, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kLargePage * kLargePage;
+  // Advice: where it is not taken, nothing is lost.
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+constexpr size_t kKept = size_t(64) << 20, kFirst = size_t(1) << 17;
+
+}  // namespace
+
+DType tensor_dtype(const Tensor& t) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, "fastgru: the cpu backend computes in float32, float64, bfloat16 and float16 only");
+  }
+}
+
+Parallel torch_threads() {
+  const bool alone = alone_until_ns > 0 && now_ns() < alone_until_ns;
+  return {alone ? 1 : int(torch::stable::get_num_threads()), run_parallel, note_wait};
+}
+
+Tensor strided_tensor(int32_t dtype, const std::vector<int64_t>& size, const std::vector<int64_t>& strides) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor t(handle);
+  const size_t bytes = t.numel() * t.element_size();
+  if (bytes >= 2 * kLargePage) prefer_large_pages(t.mutable_data_ptr(), bytes);
+  if (poison.load(std::memory_order_relaxed)) std::memset(t.mutable_data_ptr(), 0xff, bytes);
+  return t;
+}
+
+Tensor contiguous_tensor(int32_t dtype, const std::vector<int64_t>& size) {
+  std::vector<int64_t> strides(size.size());
+  int64_t elements = 1;
+  for (size_t i = size.size(); i-- > 0; elements *= size[i] ? size[i] : 1) strides[i] = elements;
+  return strided_tensor(dtype, size, strides);
+}
+
+void cpu_set_poison(bool on) { poison.store(on); }
+
+Slab::Slab(size_t bytes) {
+  // In large pages, if it fills a good part of one: packed weights then lie evenly over the sets of a cache too.
+  const bool large = bytes >= kLargePage / 4;
+  const size_t unit = large ? kLargePage : 4096;
+  bytes_ = (bytes + unit - 1) / unit * unit;
+  mapped_ = bytes_ + (large ? kLargePage : 0);
+  void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) {
+    // Torch's allocator has the words for it. If it still finds the memory, all is well too.
+    fallback_ = contiguous_tensor(aoti_torch_dtype_uint8(), {int64_t(bytes_)});
+    data_ = static_cast<char*>(fallback_->mutable_data_ptr());
+    return;
+  }
+  mapping_ = memory;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + unit - 1) / unit * unit;
+  data_ = reinterpret_cast<char*>(begin);
+  if (large) prefer_large_pages(data_, bytes_);
+}
+
+Slab& Slab::operator=(Slab&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
+  std::swap(mapping_, other.mapping_);
+  std::swap(mapped_, other.mapped_);
+  std::swap(fallback_, other.fallback_);
+  return *this;
+}
+
+Slab::~Slab() {
+  if (mapping_) munmap(mapping_, mapped_);
+}
+
+Arena::Kept& Arena::kept() {
+  thread_local Kept kept;
+  return kept;
+}
+
+Arena::Arena() : slab_(std::move(kept().slab)), wanted_(kept().wanted) {}
+
+Arena::~Arena() {
+  // What did not fit shows how large the slab should be.
+  kept().wanted = used_ > kKept ? 0 : std::max(wanted_, used_);
+  if (used_ <= slab_.bytes() && slab_.bytes() <= kKept) kept().slab = std::move(slab_);
+}
+
+void* Arena::allocate(size_t bytes) {
+  bytes = (bytes + 63) / 64 * 64;
+  if (!slab_.data()) slab_ = Slab(std::max({wanted_, kFirst, bytes}));
+  void* result = slab_.data() + used_;
+  if (used_ + bytes > slab_.bytes()) {
+    overflow_.emplace_back(bytes);
+    result = overflow_.back().data();
+  }
+  used_ += bytes;
+  if (poison.load(std::memory_order_relaxed)) std::memset(result, 0xff, bytes);
+  return result;
+}
+
+}  // namespace fastgru

@@ -1,0 +1,156 @@
+"""Additive attention in plain torch, a piece of the scores at a time.
+
+    s_ij = weight . tanh(q_i + k_j), -inf for j >= k_length      p = softmax_j(s)      o_i = sum_j p_ij v_j
+
+Backward, with delta_i = do_i . o_i and t_ij = tanh(q_i + k_j):
+
+    ds = p (do_i . v_j - delta_i)    dz_ij = ds_ij weight (1 - t_ij^2)
+    dq_i = sum_j dz_ij    dk_j = sum_i dz_ij    dweight = sum_ij ds_ij t_ij    dv_j = sum_i p_ij do_i
+
+t [B, Lq, Lk, H] never exists as a whole: a piece of it is computed, used and dropped, again in the backward pass, which
+needs only o and lse_i = log sum_j exp(s_ij). A sequence without keys gives 0, lse -inf and no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastgru.backends.reference import _wide, outside_autocast
+
+# Elements of t, and of s, held at once.
+_PIECE = 1 << 22
+
+
+def _pieces(count: int, each: int) -> Iterator[slice]:
+    step = max(1, _PIECE // max(1, each))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _hidden(k_lengths: Tensor | None, keys: int) -> Tensor | None:
+    """[B, 1, Lk]: which keys are padding."""
+    if k_lengths is None:
+        return None
+    return torch.arange(keys, device=k_lengths.device) >= k_lengths.view(-1, 1, 1)
+
+
+def _softmax(scores: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights and lse [.., 1]; a row that is all hidden has weights 0 and lse -inf."""
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
+    top = scores.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0)
+    exponentials = torch.exp(scores - top)
+    total = exponentials.sum(-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    return exponentials / total, (top + torch.log(total)).masked_fill(empty, -torch.inf)
+
+
+def _shown(value: Tensor, hidden: Tensor | None) -> Tensor:
+    """Zeros in the padding: a weight of zero does not hide NaN."""
+    return value if hidden is None else value.masked_fill(hidden.mT, 0)
+
+
+def _scores(query: Tensor, key: Tensor, weight: Tensor) -> Tensor:
+    """[B, rows, Lk]."""
+    each = query.size(0) * query.size(1) * query.size(2)
+    pieces = [
+        torch.tanh(query.unsqueeze(2) + key[:, piece].unsqueeze(1)) @ weight for piece in _pieces(key.size(1), each)
+    ]
+    return torch.cat(pieces, -1)
+
+
+@outside_autocast
+def additive_differentiable(
+    query: Tensor, key: Tensor, weight: Tensor, value: Tensor, k_lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Additive attention as a composite of torch operators; t exists as a whole.
+
+    Args:
+        query, key: [B, Lq, H] and [B, Lk, H], Lk >= 1.
+        weight: [H].
+        value: [B, Lk, Dv].
+        k_lengths: int64 [B].
+
+    Returns:
+        output [B, Lq, Dv] and lse [B, Lq].
+    """
+    hidden = _hidden(k_lengths, key.size(1))
+    shown = _shown(_wide(key), hidden)
+    scores = torch.tanh(_wide(query).unsqueeze(2) + shown.unsqueeze(1)) @ _wide(weight)
+    weights, lse = _softmax(scores, hidden)
+    return (weights @ _shown(_wide(value), hidden)).to(query.dtype), lse.squeeze(-1)
+
+
+def _row_pieces(query: Tensor, key: Tensor) -> Iterator[slice]:
+    B, Lq, H = query.shape
+    return _pieces(Lq, B * max(key.size(1), H))
+
+
+def _check_lengths(k_lengths: Tensor | None, most: int) -> None:
+    """Only on the CPU, where reading numbers costs nothing."""
+    if k_lengths is not None and k_lengths.device.type == "cpu" and k_lengths.numel():
+        low, high = (int(t) for t in k_lengths.aminmax())
+        if low < 0 or high > most:
+            raise RuntimeError(f"k_lengths must lie in [0, {most}], got {low if low < 0 else high}")
+
+
+@outside_autocast
+def additive(
+    query: Tensor, key: Tensor, weight: Tensor, value: Tensor, k_lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The forward operator: as :func:`additive_differentiable`, in linear memory.
+
+    Raises:
+        RuntimeError: lengths out of range.
+    """
+    _check_lengths(k_lengths, key.size(1))
+    hidden = _hidden(k_lengths, key.size(1))
+    wide_key, wide_value = _shown(_wide(key), hidden), _shown(_wide(value), hidden)
+    output = query.new_empty(*query.shape[:2], value.size(2))
+    lse = torch.empty(query.shape[:2], dtype=wide_key.dtype, device=query.device)
+    for rows in _row_pieces(query, key):
+        weights, row_lse = _softmax(_scores(_wide(query[:, rows]), wide_key, _wide(weight)), hidden)
+        output[:, rows] = (weights @ wide_value).to(query.dtype)
+        lse[:, rows] = row_lse.squeeze(-1)
+    return output, lse
+
+
+@outside_autocast
+def additive_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    weight: Tensor,
+    value: Tensor,
+    k_lengths: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, weight and value, in linear memory; lse has none."""
+    hidden = _hidden(k_lengths, key.size(1))
+    wide_key, wide_value, wide_weight = _shown(_wide(key), hidden), _shown(_wide(value), hidden), _wide(weight)
+    # exp(s - inf) is 0: a sequence without keys.
+    safe_lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    d_query = torch.zeros_like(query, dtype=lse.dtype)
+    d_key, d_value, d_weight = torch.zeros_like(wide_key), torch.zeros_like(wide_value), torch.zeros_like(wide_weight)
+    for rows in _row_pieces(query, key):
+        q, d_output = _wide(query[:, rows]), _wide(grad_output[:, rows])
+        delta = (d_output * _wide(output[:, rows])).sum(-1, keepdim=True)
+        for piece in _pieces(key.size(1), q.numel()):
+            t = torch.tanh(q.unsqueeze(2) + wide_key[:, piece].unsqueeze(1))
+            scores = t @ wide_weight
+            if hidden is not None:
+                scores = scores.masked_fill(hidden[:, :, piece], -torch.inf)
+            weights = torch.exp(scores - safe_lse[:, rows].unsqueeze(-1))
+            d_value[:, piece] += weights.mT @ d_output
+            d_scores = torch.where(weights == 0, 0, weights * (d_output @ wide_value[:, piece].mT - delta))
+            d_weight += torch.einsum("bij,bijh->h", d_scores, t)
+            d_sum = d_scores.unsqueeze(-1) * (1 - t * t) * wide_weight
+            d_query[:, rows] += d_sum.sum(2)
+            d_key[:, piece] += d_sum.sum(1)
+    dtype = query.dtype
+    return d_query.to(dtype), d_key.to(dtype), d_weight.to(dtype), d_value.to(dtype)
