@@ -262,7 +262,7 @@ def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
             "mine: Overridden: torch, left alone: Overridden overrides forward\n"
             "cell: GRUCell: fastgru, backend reference"
         )
-    assert str(fastgru.conversion_report(nn.ReLU())) == "no nn.GRU, nn.GRUCell in this model"
+    assert str(fastgru.conversion_report(nn.ReLU())) == "no nn.GRU, nn.GRUCell, nn.MultiheadAttention in this model"
     assert str(fastgru.conversion_report(nn.GRU(5, 6))) == "(the model itself): GRU: torch, not converted yet"
 
 

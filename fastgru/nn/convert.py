@@ -87,7 +87,7 @@ class ConversionReport:
 
 
 def convert(model: _Model) -> _Model:
-    """Make every ``nn.GRU``, ``nn.GRUCell`` and ``nn.MultiheadAttention`` in ``model``, itself included, run on fastgru;
+    """Make ``model``, or every ``nn.GRU``, ``nn.GRUCell`` and ``nn.MultiheadAttention`` in it, run on fastgru;
     in place.
 
     The modules stay the same objects and only change class, so optimizers, hooks, parametrizations, shared modules and
