@@ -379,7 +379,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog="Needs the 'demo' extra: pip install 'fastgru[demo]'. Exit code 1 if the two disagree.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=positive, default=700, help="training steps of each model")
+    parser.add_argument("--steps", type=positive, default=1000, help="training steps of each model")
     parser.add_argument("--hidden", type=positive, default=256, help="hidden units of each GRU")
     parser.add_argument("--embedding", type=positive, default=64, help="size of a character's embedding")
     parser.add_argument("--batch", type=positive, default=32, help="windows per step")
