@@ -258,7 +258,6 @@ def main() -> None:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "cpu_gru.json").write_text(json.dumps(record, indent=1) + "\n")
     show(record)
-    plot(record, options.output / "cpu_gru.png")
 
 
 if __name__ == "__main__":

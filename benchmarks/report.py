@@ -64,8 +64,11 @@ def cpu_gru(record: dict[str, Any]) -> Section:
                 ratio = result["speedup"].get(name)
                 spread = f" ({ratio['median']:.2f}x, {ratio['q1']:.2f}-{ratio['q3']:.2f})" if ratio else ""
                 cells.append(f"{result['us'][name]:,.0f}{spread}")
-            rows.append([*cells, f"{result['gflops']:.0f}", f"{result['of_fma_peak']:.0%}"])
-        tables[mode] = (["T, B, I, H", *names, "GFLOP/s", "of FMA peak"], rows)
+            limit = f"{result['of_bandwidth']:.0%}" if "of_bandwidth" in result else ""
+            rows.append([*cells, f"{result['gflops']:.0f}", f"{result['of_fma_peak']:.0%}", limit])
+        tables[mode] = (["T, B, I, H", *names, "GFLOP/s", "of FMA peak", "of bandwidth"], rows)
+        if mode == "training":
+            tables[mode] = ([*tables[mode][0][:-1]], [row[:-1] for row in rows])
 
     def draw() -> bytes:
         # Beside this file. It brings the peers, which a check of the texts does without.
@@ -83,8 +86,69 @@ def cpu_gru(record: dict[str, Any]) -> Section:
         [
             "Microseconds per call, float32, medians; in brackets how many times as fast fastgru is, with quartiles. "
             "Forward is inference; training is forward and backward to every gradient.",
+            "Of bandwidth: where one row is computed at a time, how much of the speed at which the caches can be read, "
+            "together with the product of the input at the peak of multiply-adds.",
             f"Measured on {machine['cpu']}, {record['threads']} thread(s), instruction set {machine['isa']}, with "
             f"{_versions(versions)}, at commit {record['commit']}.",
+        ],
+    )
+
+
+def cpu_conditions(record: dict[str, Any]) -> Section:
+    """The record of benchmarks/cpu_conditions.py."""
+
+    def shape(row: dict[str, Any]) -> str:
+        return ", ".join(str(row[size]) for size in "TBIH")
+
+    modes = ("forward", "training")
+    tables: dict[str, _report.Table] = {}
+    if "sweep" in record:
+        summary = record["sweep"]["summary"]
+        tables["random shapes"] = (
+            ["beside nn.GRU", "shapes", "geometric mean", "worst", "slower than nn.GRU"],
+            [
+                [
+                    mode,
+                    str(len(record["sweep"]["rows"])),
+                    f"{summary[mode]['geometric_mean']:.2f}x",
+                    f"{summary[mode]['worst']:.2f}x",
+                    str(summary[mode]["below_one"]),
+                ]
+                for mode in modes
+            ],
+        )
+    if "memory" in record:
+        names = list(record["memory"]["rows"][0]["bytes"])
+        tables["peak memory of training"] = (
+            ["T, B, I, H", *(f"{name}, MB" for name in names)],
+            [
+                [shape(row), *(f"{row['bytes'][name] / 2**20:.1f}" for name in names)]
+                for row in record["memory"]["rows"]
+            ],
+        )
+    if "bf16" in record:
+        tables["bfloat16 beside fastgru's float32"] = (
+            ["T, B, I, H", *modes],
+            [[shape(row), *(f"{row[mode]['speedup']:.2f}x" for mode in modes)] for row in record["bf16"]["rows"]],
+        )
+    if "neighbour" in record:
+        tables["a busy process on one core"] = (
+            ["T, B, I, H", *(f"{name}, {mode}" for mode in modes for name in ("fastgru", "nn.GRU"))],
+            [
+                [shape(row), *(f"{row[mode][name]:.2f}x" for mode in modes for name in ("fastgru", "nn.GRU"))]
+                for row in record["neighbour"]["rows"]
+            ],
+        )
+    return Section(
+        "The GRU on a CPU, other conditions",
+        tables,
+        None,
+        [
+            "Random shapes draw T to 256, B to 128, I and H to 1024, one to three layers, one or two directions, "
+            "packed or not. Memory is the peak of training steps beyond what the process held before. With a busy "
+            "process: mean time per call over the mean without it.",
+            f"Measured on {record['machine']['cpu']}, {record['threads']} thread(s), with "
+            f"{_versions(record['versions'])}, at commit {record['commit']}.",
         ],
     )
 
@@ -136,7 +200,7 @@ def section(record: dict[str, Any]) -> Section:
     """The section of a record, by what it is."""
     if "benchmarks" in record:
         return suite(record)
-    kinds = {"cpu_gru": cpu_gru, "demo": demo}
+    kinds = {"cpu_gru": cpu_gru, "cpu_conditions": cpu_conditions, "demo": demo}
     kind = record.get("benchmark") or record.get("command")
     if kind not in kinds:
         raise SystemExit(f"a stored result is neither of {', '.join(kinds)} nor of pytest-benchmark, but {kind!r}")
