@@ -258,7 +258,7 @@ class Report:
     def _section(self, record: str, text: Path) -> str:
         part = self.sections[record]
         pictures = [self._picture(record, text)] if part.draw else []
-        tables = [_markdown(table) for table in part.tables.values()]
+        tables = [f"**{_caption(name)}**\n\n{_markdown(table)}" for name, table in part.tables.items()]
         return "\n\n".join([*pictures, *tables, *part.remarks])
 
     def updated(self, text: Path) -> str:
@@ -296,7 +296,8 @@ class Report:
                 picture = part.draw()
                 self.picture(record).write_bytes(picture)
                 body.append(f'<img alt="" src="data:image/png;base64,{base64.b64encode(picture).decode()}">')
-            body += [_report.html_table(table, _numeric(table)) for table in part.tables.values()]
+            for name, table in part.tables.items():
+                body += [f"<h3>{html.escape(_caption(name))}</h3>", _report.html_table(table, _numeric(table))]
             body += [f"<p>{html.escape(line)}</p>" for line in part.remarks]
         for text in self.texts():
             text.write_text(self.updated(text), encoding="utf-8")
@@ -319,6 +320,10 @@ def _numeric(table: _report.Table) -> list[int]:
     """The columns that hold numbers only."""
     columns, rows = table
     return [i for i in range(len(columns)) if all(row[i][:1].isdigit() or not row[i] for row in rows)]
+
+
+def _caption(name: str) -> str:
+    return name[0].upper() + name[1:]
 
 
 def _markdown(table: _report.Table) -> str:

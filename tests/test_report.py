@@ -134,5 +134,7 @@ def test_a_block_without_a_result_is_an_error(report: ModuleType, root: Path, na
 
 def test_an_unknown_record_is_refused(report: ModuleType, root: Path) -> None:
     (root / "benchmarks/results/other.json").write_text('{"benchmark": "other"}')
-    with pytest.raises(SystemExit, match="neither of cpu_gru, demo nor of pytest-benchmark, but 'other'"):
+    with pytest.raises(
+        SystemExit, match="neither of cpu_gru, cpu_conditions, demo nor of pytest-benchmark, but 'other'"
+    ):
         report.Report(root)
