@@ -33,9 +33,17 @@ print("\\n".join(set(sys.modules) - before))
     assert not [name for name in loaded if name.startswith("fastgru.cli")]
 
 
-def test_import_takes_less_than_50_ms_beyond_torch() -> None:
-    code = "import time, torch; t = time.perf_counter(); import fastgru; print(time.perf_counter() - t)"
-    assert min(float(python(code)) for _ in range(3)) < 0.05
+def test_import_runs_little_code_beyond_torch() -> None:
+    """What an import costs, counted rather than timed: a few dozen small modules of our own, and none of others."""
+    loaded = python("""
+import sys, torch
+before = set(sys.modules)
+import fastgru
+print("\\n".join(set(sys.modules) - before))
+""").split()
+    own = [name for name in loaded if name.split(".")[0] == "fastgru"]
+    assert len(own) < 40
+    assert not set(loaded) - set(own)
 
 
 def test_public_names_exist() -> None:
