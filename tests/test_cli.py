@@ -234,6 +234,36 @@ def test_bench_does_not_time_wrong_numbers(tmp_path: Path, capsys: pytest.Captur
 # --- what users get wrong
 
 
+def test_bench_compares_with_an_earlier_record_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, picture = tmp_path / "old.json", tmp_path / "bench.png"
+    assert main([*SMALL_BENCH, "--json", str(old), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    record = json.loads(old.read_text())
+    first, second = record["results"]
+    # As if it had been a thousand times as fast, and a thousand times as slow; whatever this machine does today.
+    for result, factor in ((first, 1e3), (second, 1e-3)):
+        for times in result["times"].values():
+            for name in ("speedup", "speedup_q1", "speedup_q3"):
+                times[name] *= factor
+    rows = bench.compare(record, json.loads(old.read_text()))
+    assert [row[-1] for row in rows] == ["slower", "slower", "faster", "faster"]
+    assert bench.compare(record | {"layers": 2}, record) == []
+    capsys.readouterr()
+    assert main([*SMALL_BENCH, "--compare", str(old)]) == 0
+    assert "Speed-up over nn.GRU, beside" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"command": "demo"}'])
+def test_bench_refuses_to_compare_with_something_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    path = tmp_path / "old.json"
+    if content is not None:
+        path.write_text(content)
+    assert main([*SMALL_BENCH, "--compare", str(path)]) != 0
+    assert f"--compare {path}" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("torch_alone")
 @pytest.mark.parametrize("name", ["bench", "demo"])
 def test_missing_extra_is_named(name: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastgru import testing
 from fastgru.cli import _machine
 from fastgru.cli._common import (
     DTYPES,
+    CommandError,
     backend_name,
     check_writable,
     device,
@@ -26,6 +28,8 @@ from fastgru.cli._common import (
     write_json,
 )
 from fastgru.cli._timing import time_pair
+
+MODES = {"forward": "fwd", "forward + backward": "fwd+bwd"}
 
 
 def measure(problem: testing.GruProblem, budget: float) -> dict[str, Any]:
@@ -70,13 +74,89 @@ def training_step(module: nn.RNNBase, input: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(module(x, hx), sources, upstream)
 
 
+SIZES = ("T", "B", "I", "H", "dtype")
+SETTINGS = ("layers", "bidirectional")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record that an earlier run wrote with ``--json``.
+
+    Raises:
+        CommandError: the file cannot be read or is something else.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--compare {path}: {error}") from error
+    if not isinstance(record, dict) or record.get("command") != "bench":
+        raise CommandError(f"--compare {path}: not a record of 'python -m fastgru bench --json'")
+    return record
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> list[list[str]]:
+    """Rows of every measurement that both records hold: the speed-up over nn.GRU then and now, and their ratio.
+
+    Times of two runs differ by what else the machine did; a speed-up is taken against nn.GRU within the same run. It is
+    flagged where even the quartiles of the two do not meet.
+    """
+    if any(old[name] != new[name] for name in SETTINGS):
+        return []
+    before = {tuple(result[name] for name in SIZES): result["times"] for result in old["results"]}
+    rows = []
+    for result in new["results"]:
+        key = tuple(result[name] for name in SIZES)
+        for mode, now in result["times"].items():
+            then = before.get(key, {}).get(mode)
+            if then is None:
+                continue
+            low, high = now["speedup_q1"] / then["speedup_q3"], now["speedup_q3"] / then["speedup_q1"]
+            flag = "slower" if high < 1 else "faster" if low > 1 else ""
+            speedups = [f"{then['speedup']:.2f}x", f"{now['speedup']:.2f}x"]
+            ratio = [f"{now['speedup'] / then['speedup']:.2f}", f"{low:.2f}-{high:.2f}"]
+            rows.append([",".join(str(part) for part in key[:4]), key[4], MODES[mode], *speedups, *ratio, flag])
+    return rows
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """The speed-ups as bars, with their quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = [result for result in record["results"] if result["times"]]
+    figure, axis = plt.subplots(figsize=(8, 1.5 + 0.5 * len(results)), layout="constrained")
+    for offset, mode in ((-0.2, "forward"), (0.2, "forward + backward")):
+        times = [result["times"][mode] for result in results]
+        middle = [time["speedup"] for time in times]
+        spread = [
+            [time["speedup"] - time["speedup_q1"] for time in times],
+            [time["speedup_q3"] - time["speedup"] for time in times],
+        ]
+        places = [row + offset for row in range(len(results))]
+        bars = axis.barh(places, middle, 0.38, xerr=spread, label=mode, ecolor="0.4")
+        axis.bar_label(bars, [f"{value:.2f}x" for value in middle], padding=6, fontsize=8)
+    labels = [f"{','.join(str(result[name]) for name in 'TBIH')} {result['dtype']}" for result in results]
+    axis.set_yticks(range(len(results)), labels)
+    axis.set_ylabel("T,B,I,H")
+    axis.invert_yaxis()
+    axis.axvline(1, color="0.3", linewidth=1)
+    axis.margins(x=0.15)
+    axis.set_xlabel("times as fast as torch.nn.GRU")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    figure.savefig(path, dpi=140)
+
+
 def run(args: argparse.Namespace) -> int:
-    require("bench", "rich")
+    require("bench", "rich", *(["matplotlib"] if args.plot else []))
     from rich.console import Console
     from rich.progress import Progress
 
-    if args.json:
-        check_writable(args.json)
+    for path in (args.json, args.plot):
+        if path:
+            check_writable(path)
+    old = read_record(args.compare) if args.compare else None
     if args.threads:
         torch.set_num_threads(args.threads)
     backends = {name: backend_name(args.device, DTYPES[name]) for name in args.dtype}
@@ -113,7 +193,7 @@ def run(args: argparse.Namespace) -> int:
             rows.append(
                 [
                     *sizes,
-                    {"forward": "fwd", "forward + backward": "fwd+bwd"}[name],
+                    MODES[name],
                     f"{times['baseline_s'] * 1e3:.3g}",
                     f"{times['candidate_s'] * 1e3:.3g}",
                     f"{times['speedup']:.2f}x",
@@ -131,20 +211,29 @@ def run(args: argparse.Namespace) -> int:
     broken = [(result, line) for result in results for line in result["broken"]]
     for result, line in broken:
         print(f"T={result['T']} B={result['B']} I={result['I']} H={result['H']} {result['dtype']}: {line}")
+    record = {
+        "schema": 1,
+        "command": "bench",
+        "machine": machine,
+        "versions": _machine.versions(),
+        "commit": _machine.commit(),
+        "device": str(args.device),
+        "backends": backends,
+        "layers": args.layers,
+        "bidirectional": args.bidirectional,
+        "results": results,
+    }
     if args.json:
-        record = {
-            "schema": 1,
-            "command": "bench",
-            "machine": machine,
-            "versions": _machine.versions(),
-            "commit": _machine.commit(),
-            "device": str(args.device),
-            "backends": backends,
-            "layers": args.layers,
-            "bidirectional": args.bidirectional,
-            "results": results,
-        }
         write_json(args.json, record)
+    if args.plot:
+        plot(record, args.plot)
+    if old is not None:
+        columns = ["T,B,I,H", "dtype", "", "then", "now", "ratio", "spread", ""]
+        compared = compare(old, record)
+        if compared:
+            show_table(f"Speed-up over nn.GRU, beside {args.compare}", columns, compared, right=(0, 3, 4, 5, 6))
+        else:
+            print(f"{args.compare} holds none of these problems: nothing to compare")
     return 1 if broken else 0
 
 
@@ -176,5 +265,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
     parser.add_argument("--seconds", type=seconds, default=1.0, help="time for each measurement")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the speed-ups as PNG")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="the ratio to an earlier --json, changes flagged")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results with machine and versions")
     parser.set_defaults(run=run)
