@@ -175,7 +175,7 @@ def suite(record: dict[str, Any]) -> Section:
             ["", "median, µs", "quartiles, µs", *extra],
             [
                 [
-                    item["name"],
+                    (item.get("params") or {}).get("peer", item["name"]),
                     f"{item['stats']['median'] * 1e6:,.1f}",
                     f"{item['stats']['q1'] * 1e6:,.1f}-{item['stats']['q3'] * 1e6:,.1f}",
                     *(_short(item["extra_info"].get(name, "")) for name in extra),
