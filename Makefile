@@ -29,8 +29,12 @@ test: setup
 compat: setup
 	$(BIN)/python -m pytest -n 2 -m feature --compatibility-table=docs/compatibility.md $(ARGS)
 
+# Half a second for each row, so that all of them take minutes; what ARGS say counts more.
 bench: setup
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks -rs --benchmark-max-time=0.5 --benchmark-columns=median,iqr,max,rounds \
+		--benchmark-json=build/benchmarks.json $(ARGS)
+	$(BIN)/python benchmarks/report.py --show build/benchmarks.json --page build/benchmarks.html
 
 # Also brings the blocks and pictures of README.md and docs/ up to date.
 report: setup
@@ -42,7 +46,7 @@ docs: $(STAMPS)/docs
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' | xargs -r $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
