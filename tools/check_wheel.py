@@ -44,6 +44,7 @@ PROBE = """
 import sys, torch, fastgru
 with fastgru.use_backend("cpu"):
     fastgru.GRU(3, 4)(torch.randn(5, 2, 3))
+    fastgru.flash_attention(*torch.randn(3, 1, 2, 5, 8))
 assert fastgru.__version__ == sys.argv[1], fastgru.__version__
 cuda = fastgru.__version__.partition("+cu")[2]
 try:
