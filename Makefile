@@ -1,6 +1,6 @@
 # One environment, .venv, made on first use; every target brings what it needs.
-#   make demo [ARGS="--steps 100"]    make test    make compat    make lint    make bench    make report    make docs
-#   make wheel [CUDA=13.0] [WITH="python3.10=2.10.0 ..."]    make clean
+#   make demo [ARGS="--steps 100"]    make test    make compat    make lint    make report    make docs    make clean
+#   make peers    make bench [ARGS="-k attention"]    make wheel [CUDA=13.0] [WITH="python3.10=2.10.0 ..."]
 PYTHON ?= python3
 TORCH ?= 2.13.0
 CXX ?= g++
@@ -16,7 +16,7 @@ HAS_CXX := $(shell command -v $(firstword $(CXX)) >/dev/null 2>&1 && echo 1)
 export FASTGRU_REQUIRE_EXTENSION ?= $(HAS_CXX)
 export CXX
 
-.PHONY: demo test compat lint bench report docs wheel setup clean
+.PHONY: demo test compat lint peers bench report docs wheel setup clean
 
 demo: setup
 	$(BIN)/python -m fastgru demo $(ARGS)
@@ -28,6 +28,9 @@ test: setup
 # Runs the features on torch.nn as well and writes what it saw.
 compat: setup
 	$(BIN)/python -m pytest -n 2 -m feature --compatibility-table=docs/compatibility.md $(ARGS)
+
+# What `make bench` and benchmarks/cpu_gru.py compare with, beside torch.
+peers: $(STAMPS)/peers
 
 # Half a second for each row, so that all of them take minutes; what ARGS say counts more.
 bench: setup
@@ -61,7 +64,7 @@ wheel: $(STAMPS)/wheel
 
 setup: $(STAMPS)/installed
 
-$(STAMPS)/wheel $(STAMPS)/docs: $(STAMPS)/installed
+$(STAMPS)/wheel $(STAMPS)/docs $(STAMPS)/peers: $(STAMPS)/installed
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[$(@F)]"
 	touch $@
 
@@ -79,5 +82,5 @@ $(STAMPS)/installed: $(STAMPS)/torch-$(TORCH) $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site runs fastgru/_C.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site runs benchmarks/build tests/whitebox/build fastgru/_C.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
