@@ -285,7 +285,7 @@ def _draw_suite(kinds: dict[str, dict[tuple[str, str], float]]) -> bytes:
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
         axis.axvline(1, color="0.3", linewidth=1)
-        axis.margins(x=0.1)
+        axis.margins(x=0.1, y=0.01)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes[-1, 0].set_xlabel("times as fast as the peer (medians of blocks that ran one after the other)")

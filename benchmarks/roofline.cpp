@@ -159,8 +159,8 @@ double read_bandwidth(int threads, size_t bytes, double duration) {
     m = static_cast<float*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
     std::memset(m, 0, bytes);
   }
-  const double result = rate(
-      threads, duration, [&](int t) { return wide ? read_avx512(memory[t], bytes) : read_avx2(memory[t], bytes); });
+  const double result = rate(threads, duration,
+                             [&](int t) { return wide ? read_avx512(memory[t], bytes) : read_avx2(memory[t], bytes); });
   for (float* m : memory) std::free(m);
   return result;
 #endif

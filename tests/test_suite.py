@@ -72,6 +72,7 @@ def test_a_run_stores_percentiles_limits_and_errors_and_names_who_is_missing(rec
     assert limits["fma_peak_gflops"] > 1 and limits["levels_gb_per_s"]["DRAM"] > 0.1
     assert record["machine_info"]["versions"]["torch"] == torch.__version__
     assert "node" not in record["machine_info"]
+    assert len(json.dumps(record)) < 50_000
 
 
 @pytest.mark.parametrize("peer", list(peers.FORWARD))
