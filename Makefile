@@ -1,6 +1,6 @@
 # One environment, .venv, made on first use; every target brings what it needs.
-#   make demo [ARGS="--steps 100"]    make test    make compat    make lint    make bench    make report    make docs
-#   make wheel [CUDA=13.0] [WITH="python3.10=2.10.0 ..."]    make clean
+#   make demo [ARGS="--steps 100"]    make test    make compat    make lint    make report    make docs    make clean
+#   make peers    make bench [ARGS="-k attention"]    make wheel [CUDA=13.0] [WITH="python3.10=2.10.0 ..."]
 PYTHON ?= python3
 TORCH ?= 2.13.0
 CXX ?= g++
@@ -16,7 +16,7 @@ HAS_CXX := $(shell command -v $(firstword $(CXX)) >/dev/null 2>&1 && echo 1)
 export FASTGRU_REQUIRE_EXTENSION ?= $(HAS_CXX)
 export CXX
 
-.PHONY: demo test compat lint bench report docs wheel setup clean
+.PHONY: demo test compat lint peers bench report docs wheel setup clean
 
 demo: setup
 	$(BIN)/python -m fastgru demo $(ARGS)
@@ -29,8 +29,15 @@ test: setup
 compat: setup
 	$(BIN)/python -m pytest -n 2 -m feature --compatibility-table=docs/compatibility.md $(ARGS)
 
+# What `make bench` and benchmarks/cpu_gru.py compare with, beside torch.
+peers: $(STAMPS)/peers
+
+# Half a second for each row, so that all of them take minutes; what ARGS say counts more.
 bench: setup
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks -rs --benchmark-max-time=0.5 --benchmark-columns=median,iqr,max,rounds \
+		--benchmark-json=build/benchmarks.json $(ARGS)
+	$(BIN)/python benchmarks/report.py --show build/benchmarks.json --page build/benchmarks.html
 
 # Also brings the blocks and pictures of README.md and docs/ up to date.
 report: setup
@@ -40,6 +47,7 @@ docs: $(STAMPS)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: setup
+	find benchmarks -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' | xargs -r $(BIN)/clang-format --dry-run --Werror
@@ -57,7 +65,7 @@ wheel: $(STAMPS)/wheel
 
 setup: $(STAMPS)/installed
 
-$(STAMPS)/wheel $(STAMPS)/docs: $(STAMPS)/installed
+$(STAMPS)/wheel $(STAMPS)/docs $(STAMPS)/peers: $(STAMPS)/installed
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[$(@F)]"
 	touch $@
 
@@ -75,5 +83,5 @@ $(STAMPS)/installed: $(STAMPS)/torch-$(TORCH) $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site runs fastgru/_C.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site runs benchmarks/build tests/whitebox/build fastgru/_C.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,7 +20,8 @@ CUDA_SOURCES = sorted(CUDA.rglob("*.cpp"))
 KERNELS = sorted(CUDA.rglob("*.cu"))
 HEADERS = [str(path) for pattern in ("*.h", "*.inc", "*.cuh") for path in sorted(Path("csrc").rglob(pattern))]
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
-ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+# By the CUDA version from which on they are known, newest first.
+ARCHITECTURES = {"12.8": "8.0;9.0a;10.0+PTX", "12.0": "8.0;9.0a;9.0+PTX"}
 
 
 def why_no_extension() -> str | None:
@@ -40,9 +41,9 @@ def why_no_extension() -> str | None:
 
 
 def find_toolkit() -> Path | None:
-    """The CUDA toolkit of this machine: CUDA_HOME, else the one whose nvcc is on the path, else the usual place."""
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    """The CUDA toolkit of this machine: CUDA_HOME alone, or the one whose nvcc is on the path, else the usual place."""
+    nvcc, named = shutil.which("nvcc"), os.environ.get("CUDA_HOME")
+    homes = [named] if named else [nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
     for home in map(Path, filter(None, homes)):
         if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
             return home
@@ -77,6 +78,20 @@ def cuda_version(home: Path) -> str:
     return found[1]
 
 
+def architectures(version: str) -> str:
+    """What to compile for by default with the CUDA toolkit ``version``: those that the kernels are made for."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(".")]
+
+    for known_from, names in ARCHITECTURES.items():
+        if numbers(version) >= numbers(known_from):
+            return names
+    raise SystemExit(
+        f"fastgru: CUDA {version} is older than {known_from}, the oldest that knows compute capability 9.0a"
+    )
+
+
 def code_flags(architectures: str) -> list[str]:
     """nvcc's options for a list in torch's notation: ``9.0a`` is machine code, ``10.0+PTX`` brings PTX as well."""
     flags = []
@@ -96,7 +111,7 @@ def compile_kernels(home: Path, directory: Path, include_dirs: list[str]) -> lis
     command = [str(home / "bin/nvcc"), "-c", "-O3", "-std=c++17", "-DUSE_CUDA"]
     command += [f"-D{name}={value}" for name, value in MACROS]
     command += [f"-I{path}" for path in include_dirs]
-    command += code_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
+    command += code_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures(cuda_version(home)))
     command += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
     if os.environ.get("CXX"):
         command += ["-ccbin", os.environ["CXX"]]

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from cpu_gru import ROOT, geometric_mean
+from memory import peak_bytes
 from problems import CPU_GRU, Problem
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -125,33 +126,13 @@ def neighbour(seconds: float) -> dict[str, Any]:
     return {"core": core, "rows": rows, "summary": {"worst": worst}}
 
 
-MEMORY = """
-import sys, torch, fastgru
-T, B, I, H, threads = map(int, sys.argv[2:])
-torch.set_num_threads(threads)
-def status(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
-make = {"nn.GRU": torch.nn.GRU, "fastgru": fastgru.GRU,
-        "fastgru, save_gates=False": lambda *sizes: fastgru.GRU(*sizes, save_gates=False)}[sys.argv[1]]
-make(4, 4)(torch.randn(2, 2, 4))[0].sum().backward()
-module, x = make(I, H), torch.randn(T, B, I)
-open("/proc/self/clear_refs", "w").write("5")
-before = status("VmRSS")
-for _ in range(3):
-    module.zero_grad()
-    module(x)[0].sum().backward()
-print(status("VmHWM") - before)
-"""
-
-
 def memory(threads: int) -> dict[str, Any]:
     """Peak resident memory of training steps, beyond what the process held before them."""
     rows = []
     for problem in CPU_GRU:
         row: dict[str, Any] = {**problem._asdict(), "bytes": {}}
         for name in ("nn.GRU", "fastgru", "fastgru, save_gates=False"):
-            command = [sys.executable, "-c", MEMORY, name, *map(str, problem), str(threads)]
-            row["bytes"][name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            row["bytes"][name] = peak_bytes("gru", name, problem, threads)
         row["of_nn_gru"] = {name: row["bytes"][name] / row["bytes"]["nn.GRU"] for name in list(row["bytes"])[1:]}
         rows.append(row)
         print(row, file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from peers import FORWARD, TRAINING, Forward, PeerMissingError
 from problems import CPU_GRU, Problem
+from roofline import Limits, gru_limit, roofline
 from torch import nn
 
 from fastgru.cli import _machine
@@ -29,29 +30,6 @@ from fastgru.cli._timing import quartiles
 
 ROOT = Path(__file__).parents[1]
 IDLE = 0.02  # seconds for a spinning thread pool to go to sleep
-
-
-def roofline(threads: int) -> dict[str, Any]:
-    """Peak of multiply-adds, and read bandwidth by the size of what each core reads."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from whitebox.build import load
-
-    whitebox = load()
-    sizes = [16, 256, 512, 768, 1536, 3072, 6144, 16384, 65536]
-    return {
-        "fma_peak_gflops": max(whitebox.fma_peak(threads, 0.5) for _ in range(3)) / 1e9,
-        "read_gb_per_s": {
-            str(kib): max(whitebox.read_bandwidth(threads, kib * 1024, 0.2) for _ in range(3)) / 1e9 for kib in sizes
-        },
-    }
-
-
-def bandwidth(limits: dict[str, Any], bytes_per_core: float) -> float:
-    """GB/s of the smallest measured size that is not below ``bytes_per_core``."""
-    for kib, rate in limits["read_gb_per_s"].items():
-        if int(kib) * 1024 >= bytes_per_core:
-            return float(rate)
-    return float(rate)
 
 
 def block(function: Forward, calls: int) -> float:
@@ -93,7 +71,7 @@ def check(function: Forward, gru: nn.GRU, x: torch.Tensor) -> float:
     return error
 
 
-def measure(problem: Problem, names: list[str], rounds: int, seconds: float, limits: dict[str, Any]) -> dict[str, Any]:
+def measure(problem: Problem, names: list[str], rounds: int, seconds: float, limits: Limits) -> dict[str, Any]:
     torch.manual_seed(0)
     T, B, I, H = problem
     gru = nn.GRU(I, H)
@@ -126,13 +104,9 @@ def measure(problem: Problem, names: list[str], rounds: int, seconds: float, lim
         median = statistics.median(ours)
         result["gflops"] = flops / median / 1e9
         result["of_fma_peak"] = result["gflops"] / limits["fma_peak_gflops"]
-        if mode == "forward" and B == 1:
-            # A step reads the recurrent weights once; before the steps the input is multiplied at the peak's rate (a
-            # single step reads both matrices instead). No algorithm in this dtype is faster than the two together.
-            weights = 12.0 * H * (H if T > 1 else H + I)
-            steps = weights * T / bandwidth(limits, weights / threads) / 1e9
-            product = 6.0 * T * H * I / limits["fma_peak_gflops"] / 1e9 if T > 1 else 0
-            result["of_bandwidth"] = (steps + product) / median
+        limit = gru_limit(problem, "cpu", "float32", threads, training=mode == "training")
+        if mode == "forward" and limit.by == "memory":
+            result["of_bandwidth"] = limit.seconds / median
         row[mode] = result
     return row
 

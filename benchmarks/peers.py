@@ -1,11 +1,14 @@
 """Other implementations of the same layer, each at its best settings with the same number of threads.
 
 A peer is built from a torch.nn.GRU and an input and becomes a function of no arguments that runs the forward pass and
-returns the output. One that is not installed raises PeerMissingError with the line that installs it.
+returns the output, or a training step that returns the gradients. One that is not installed raises PeerMissingError
+with the line that installs it.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from torch import nn
 
 import fastgru
+from fastgru.backends import registry
 
 Forward = Callable[[], Any]
 
@@ -22,10 +26,14 @@ class PeerMissingError(Exception):
     """The peer is not installed; the message says how to install it."""
 
 
-def _fastgru(gru: nn.GRU, x: torch.Tensor) -> Forward:
-    module = fastgru.GRU(gru.input_size, gru.hidden_size, dtype=x.dtype)
+def _ours(gru: nn.GRU, x: torch.Tensor, **options: Any) -> fastgru.GRU:
+    module = fastgru.GRU(gru.input_size, gru.hidden_size, dtype=x.dtype, device=x.device, **options)
     module.load_state_dict(gru.state_dict())
-    return _torch_forward(module, x)
+    return module
+
+
+def _fastgru(gru: nn.GRU, x: torch.Tensor) -> Forward:
+    return _torch_forward(_ours(gru, x), x)
 
 
 def _torch_forward(module: nn.Module, x: torch.Tensor) -> Forward:
@@ -39,6 +47,7 @@ def _torch_forward(module: nn.Module, x: torch.Tensor) -> Forward:
 
 
 def _torch_compile(gru: nn.GRU, x: torch.Tensor) -> Forward:
+    torch.compiler.reset()
     return _torch_forward(torch.compile(gru), x)
 
 
@@ -119,12 +128,46 @@ def _openvino(gru: nn.GRU, x: torch.Tensor) -> Forward:
     return forward
 
 
+def _keras_layer(gru: nn.GRU) -> Any:
+    """Keras' layer with the weights of ``gru``. Its gates come in the order z, r, n, its weights transposed."""
+    # Read when keras is imported for the first time.
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    try:
+        import keras
+    except ImportError as error:
+        raise PeerMissingError("pip install keras") from error
+    if keras.backend.backend() != "torch":
+        raise PeerMissingError("KERAS_BACKEND=torch")
+    layer = keras.layers.GRU(gru.hidden_size, return_sequences=True, reset_after=True)
+    layer.build((None, None, gru.input_size))
+
+    def reorder(weight: torch.Tensor) -> torch.Tensor:
+        r, z, n = weight.detach().cpu().chunk(3)
+        return torch.cat([z, r, n]).float()
+
+    bias = torch.stack([reorder(gru.bias_ih_l0), reorder(gru.bias_hh_l0)])
+    layer.set_weights([reorder(gru.weight_ih_l0).T.numpy(), reorder(gru.weight_hh_l0).T.numpy(), bias.numpy()])
+    return layer
+
+
+def _keras(gru: nn.GRU, x: torch.Tensor) -> Forward:
+    layer = _keras_layer(gru)
+    batch_first = x.transpose(0, 1).contiguous()
+
+    def forward() -> torch.Tensor:
+        with torch.inference_mode():
+            return layer(batch_first).transpose(0, 1)
+
+    return forward
+
+
 FORWARD: dict[str, Callable[[nn.GRU, torch.Tensor], Forward]] = {
     "fastgru": _fastgru,
     "nn.GRU": _torch_forward,
     "torch.compile": _torch_compile,
     "ONNX Runtime": _onnxruntime,
     "OpenVINO": _openvino,
+    "Keras": _keras,
 }
 
 
@@ -141,13 +184,75 @@ def training_step(module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> For
     return step
 
 
-def _fastgru_training(gru: nn.GRU, x: torch.Tensor, grad: torch.Tensor) -> Forward:
-    module = fastgru.GRU(gru.input_size, gru.hidden_size, dtype=x.dtype)
-    module.load_state_dict(gru.state_dict())
-    return training_step(module, x, grad)
+def _fastgru_training(gru: nn.GRU, x: torch.Tensor, grad: torch.Tensor, **options: Any) -> Forward:
+    return training_step(_ours(gru, x, **options), x, grad)
+
+
+def _torch_compile_training(gru: nn.GRU, x: torch.Tensor, grad: torch.Tensor) -> Forward:
+    torch.compiler.reset()
+    return training_step(torch.compile(gru), x, grad)
+
+
+def _keras_training(gru: nn.GRU, x: torch.Tensor, grad: torch.Tensor) -> Forward:
+    layer = _keras_layer(gru)
+    batch_first = x.transpose(0, 1).contiguous().requires_grad_()
+    grad = grad.transpose(0, 1).contiguous()
+    parameters = [batch_first, *(weight.value for weight in layer.trainable_weights)]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(layer(batch_first, training=True), parameters, grad)
+
+    return step
 
 
 TRAINING: dict[str, Callable[[nn.GRU, torch.Tensor, torch.Tensor], Forward]] = {
     "fastgru": _fastgru_training,
+    "fastgru, save_gates=False": functools.partial(_fastgru_training, save_gates=False),
     "nn.GRU": training_step,
+    "torch.compile": _torch_compile_training,
+    "Keras": _keras_training,
 }
+
+
+def as_torch(peer: str, gradients: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """The gradients of a training step of ``peer`` in torch's shapes and order."""
+    if peer != "Keras":
+        return list(gradients)
+
+    def reorder(weight: torch.Tensor) -> torch.Tensor:
+        z, r, n = weight.chunk(3)
+        return torch.cat([r, z, n])
+
+    x, kernel, recurrent, bias = gradients
+    return [x.transpose(0, 1), reorder(kernel.T), reorder(recurrent.T), *(reorder(part) for part in bias)]
+
+
+def _on_backend(name: str, build: Callable[..., Forward]) -> Callable[..., Forward]:
+    """``build`` on the backend ``name``, which is chosen anew in every call: some microseconds of the host's time."""
+
+    def built(*arguments: Any) -> Forward:
+        try:
+            with fastgru.use_backend(name):
+                function = build(*arguments)
+        except fastgru.BackendUnavailable as error:
+            raise PeerMissingError(str(error)) from error
+
+        def call() -> Any:
+            with fastgru.use_backend(name):
+                return function()
+
+        return call
+
+    return built
+
+
+def gru_peers(device: str, training: bool) -> dict[str, Callable[..., Forward]]:
+    """Who can be measured on ``device``. On a GPU nn.GRU is cuDNN, and each of our backends stands by itself, too."""
+    peers: dict[str, Callable[..., Forward]] = dict(TRAINING if training else FORWARD)
+    if device == "cpu":
+        return peers
+    chosen = {name: build for name, build in peers.items() if name.startswith("fastgru")}
+    for backend in registry.backends():
+        if device in backend.devices:
+            chosen[f"fastgru, {backend.name}"] = _on_backend(backend.name, peers["fastgru"])
+    return chosen | {name: peers[name] for name in ("nn.GRU", "torch.compile")}

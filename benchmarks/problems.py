@@ -1,4 +1,4 @@
-"""The shapes that the benchmarks measure: (T, B, I, H)."""
+"""The shapes that the benchmarks measure."""
 
 from __future__ import annotations
 
@@ -22,6 +22,24 @@ class Problem(NamedTuple):
         return 6.0 * self.T * self.B * self.H * (self.I + self.H)
 
 
+class Attention(NamedTuple):
+    """Sizes of the queries and of the keys and values: [B, H, Lq, D] and [B, H, Lk, D]."""
+
+    B: int
+    H: int
+    Lq: int
+    Lk: int
+    D: int
+
+    def __str__(self) -> str:
+        return f"B{self.B}-H{self.H}-Lq{self.Lq}-Lk{self.Lk}-D{self.D}"
+
+    @property
+    def forward_flops(self) -> float:
+        """Multiply-adds of the two products, counted as two operations each."""
+        return 4.0 * self.B * self.H * self.Lq * self.Lk * self.D
+
+
 #: From one streaming step to a training batch.
 CPU_GRU = [
     Problem(1, 1, 128, 128),
@@ -35,4 +53,17 @@ CPU_GRU = [
     Problem(64, 32, 512, 512),
     Problem(32, 32, 1024, 1024),
     Problem(64, 128, 512, 512),
+]
+
+#: Where nn.GRU runs cuDNN's large kernel, and where it runs one kernel per step.
+CUDA_GRU = [Problem(256, B, H, H) for H in (128, 512, 1024) for B in (1, 32, 128)]
+
+#: Long and short self-attention, and a decoding step.
+CPU_ATTENTION = [Attention(1, 8, 1024, 1024, 64), Attention(8, 8, 128, 128, 64), Attention(32, 8, 1, 512, 64)]
+
+CUDA_ATTENTION = [
+    Attention(4, 16, 4096, 4096, 64),
+    Attention(4, 16, 4096, 4096, 128),
+    Attention(32, 16, 512, 512, 64),
+    Attention(64, 16, 1, 4096, 128),
 ]

@@ -2,6 +2,7 @@
 
     python benchmarks/report.py            # writes the page, the pictures, and the blocks in README.md and docs/
     python benchmarks/report.py --check    # fails when a block is not what the results say, or prose quotes a speed
+    python benchmarks/report.py --show build/benchmarks.json    # the page of this record alone, and nothing else
 
 A block is what stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``. NAME is a record, which is the name
 of its file without ``.json`` (all of its section), ``record.table`` (one of its tables), ``record.picture``, ``all``
@@ -15,6 +16,7 @@ import argparse
 import base64
 import hashlib
 import html
+import io
 import json
 import re
 import sys
@@ -163,33 +165,134 @@ def demo(record: dict[str, Any]) -> Section:
     )
 
 
+# What the suite stores of a result beside its times: heading, factor, format.
+SUITE_COLUMNS = {
+    "p90_us": ("90 %, µs", 1, ",.1f"),
+    "p99_us": ("99 %, µs", 1, ",.1f"),
+    "device_us": ("device, µs", 1, ",.1f"),
+    "host_us": ("submitted in, µs", 1, ",.1f"),
+    "gflops": ("GFLOP/s", 1, ",.0f"),
+    "of_limit": ("of the limit", 1, ".0%"),
+    "limited_by": ("which is", None, ""),
+    "peak_bytes": ("peak, MB", 2**-20, ",.1f"),
+}
+UNITS = {"_gb_per_s": "GB/s", "_gflops": "GFLOP/s", "_tflops": "TFLOP/s"}
+
+
 def suite(record: dict[str, Any]) -> Section:
-    """What pytest-benchmark stores: a table for each group."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    """What pytest-benchmark stores: a table for each kind of problem."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
     for item in record["benchmarks"]:
-        groups.setdefault(item["group"] or "benchmarks", []).append(item)
+        problem = item["extra_info"].get("problem", "")
+        kinds.setdefault((item["group"] or "benchmarks").removesuffix(f", {problem}"), []).append(item)
     tables: dict[str, _report.Table] = {}
-    for group, items in groups.items():
-        extra = sorted({k for item in items for k, v in item["extra_info"].items() if not isinstance(v, (dict, list))})
-        tables[group] = (
-            ["", "median, µs", "quartiles, µs", *extra],
+    for kind, items in kinds.items():
+        extra = [name for name in SUITE_COLUMNS if any(name in item["extra_info"] for item in items)]
+        rows = [
             [
-                [
-                    (item.get("params") or {}).get("peer", item["name"]),
-                    f"{item['stats']['median'] * 1e6:,.1f}",
-                    f"{item['stats']['q1'] * 1e6:,.1f}-{item['stats']['q3'] * 1e6:,.1f}",
-                    *(_short(item["extra_info"].get(name, "")) for name in extra),
-                ]
-                for item in items
-            ],
+                item["extra_info"].get("problem", ""),
+                _peer(item),
+                f"{item['stats']['median'] * 1e6:,.1f}",
+                f"{item['stats']['q1'] * 1e6:,.1f}-{item['stats']['q3'] * 1e6:,.1f}",
+                *(_suite_cell(name, item["extra_info"]) for name in extra),
+            ]
+            for item in items
+        ]
+        columns = ["", "", "median, µs", "quartiles, µs", *(SUITE_COLUMNS[name][0] for name in extra)]
+        # Without problems their column is empty.
+        first = 0 if any(row[0] for row in rows) else 1
+        tables[kind] = (columns[first:], [row[first:] for row in rows])
+    machine, commit = record["machine_info"], record["commit_info"]
+    remarks = [
+        f"Measured on {machine.get('cpu', {}).get('brand_raw', machine['machine'])}, "
+        + (f"with {_versions(machine['versions'])}, " if "versions" in machine else "")
+        + f"at commit {commit.get('id')}."
+    ]
+    if machine.get("limits"):
+        tables["limits, probed in the same run"] = _limits(machine["limits"])
+        remarks.insert(
+            0,
+            "Of the limit: how near a result comes to the time in which the products can be computed at the peak of "
+            "multiply-adds, or the data be read, whichever takes longer. 90 % and 99 %: what that part of the calls "
+            "takes at most; left out where too few calls were made to say.",
         )
-    cpu, commit = record["machine_info"].get("cpu", {}), record["commit_info"]
-    where = f"Measured on {cpu.get('brand_raw', record['machine_info']['machine'])}, at commit {commit.get('id')}."
-    return Section("Benchmark suite", tables, None, [where])
+    drawn = {
+        kind: {(item["extra_info"]["problem"], _peer(item)): item["stats"]["median"] for item in items}
+        for kind, items in kinds.items()
+        if all("problem" in item["extra_info"] for item in items)
+    }
+    return Section("Benchmark suite", tables, (lambda: _draw_suite(drawn)) if drawn else None, remarks)
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _peer(item: dict[str, Any]) -> str:
+    return str(item["extra_info"].get("peer") or (item.get("params") or {}).get("peer", item["name"]))
+
+
+def _suite_cell(name: str, values: dict[str, Any]) -> str:
+    _, factor, form = SUITE_COLUMNS[name]
+    if name not in values:
+        return ""
+    return str(values[name]) if factor is None else format(values[name] * factor, form)
+
+
+def _limits(limits: dict[str, Any]) -> _report.Table:
+    """What was probed on the CPU and on the GPU, the reads by level of cache."""
+    rows = []
+    for where, probed in limits.items():
+        for name, value in probed.items():
+            if name == "levels_gb_per_s":
+                rows += [[where, f"read from {level}, GB/s", f"{rate:,.0f}"] for level, rate in value.items()]
+            elif not isinstance(value, dict):
+                tail = next(tail for tail in UNITS if name.endswith(tail))
+                quantity = name.removesuffix(tail).replace("_", " ")
+                rows.append([where, f"{quantity}, {UNITS[tail]}", f"{value:,.0f}"])
+    return ["", "limit", ""], rows
+
+
+def _draw_suite(kinds: dict[str, dict[tuple[str, str], float]]) -> bytes:
+    """How many times as fast as each peer fastgru is, a panel for each kind of problem."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    everyone = dict.fromkeys(peer for medians in kinds.values() for _, peer in medians)
+    colours = {peer: f"C{i}" for i, peer in enumerate(peer for peer in everyone if peer != "fastgru")}
+    heights = [1 + 0.14 * len(medians) for medians in kinds.values()]
+    figure, axes = plt.subplots(
+        len(kinds), 1, figsize=(9, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for axis, (kind, medians) in zip(axes[:, 0], kinds.items(), strict=True):
+        problems = list(dict.fromkeys(problem for problem, _ in medians))
+        peers = list(dict.fromkeys(peer for _, peer in medians if peer != "fastgru"))
+        height = 0.84 / max(1, len(peers))
+        for i, peer in enumerate(peers):
+            places = [
+                p for p, problem in enumerate(problems) if {(problem, peer), (problem, "fastgru")} <= set(medians)
+            ]
+            ratios = [medians[problems[p], peer] / medians[problems[p], "fastgru"] for p in places]
+            offset = (i - (len(peers) - 1) / 2) * height
+            rows = [p + offset for p in places]
+            axis.barh(rows, [ratio - 1 for ratio in ratios], height * 0.9, left=1, label=peer, color=colours[peer])
+            for row, ratio in zip(rows, ratios, strict=True):
+                axis.annotate(
+                    f"{ratio:.2f}", (max(ratio, 1), row), (3, 0), textcoords="offset points", va="center", fontsize=6
+                )
+        axis.set_title(kind, loc="left", fontsize=10)
+        axis.set_yticks(range(len(problems)), problems, fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        axis.axvline(1, color="0.3", linewidth=1)
+        axis.margins(x=0.1, y=0.01)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[-1, 0].set_xlabel("times as fast as the peer (medians of blocks that ran one after the other)")
+    with io.BytesIO() as buffer:
+        figure.savefig(buffer, dpi=110, format="png")
+        plt.close(figure)
+        return buffer.getvalue()
 
 
 def _versions(versions: dict[str, str | None]) -> str:
@@ -285,30 +388,38 @@ class Report:
                 yield f"{self.picture(record).relative_to(self.root)} is missing; run make report"
 
     def write(self, page: Path) -> None:
-        """Draw the pictures, bring the texts up to date and write the page, one file that needs nothing else."""
+        """Draw the pictures, bring the texts up to date and write the page."""
         self.images.mkdir(parents=True, exist_ok=True)
-        body = []
+        pictures = {}
         for record, part in self.sections.items():
-            body.append(f"<h2>{html.escape(part.title)}</h2>")
             for old in self.images.glob(f"{record}-????????.png"):
                 old.unlink()
             if part.draw is not None:
-                picture = part.draw()
-                self.picture(record).write_bytes(picture)
-                body.append(f'<img alt="" src="data:image/png;base64,{base64.b64encode(picture).decode()}">')
-            for name, table in part.tables.items():
-                body += [f"<h3>{html.escape(_caption(name))}</h3>", _report.html_table(table, _numeric(table))]
-            body += [f"<p>{html.escape(line)}</p>" for line in part.remarks]
+                pictures[record] = part.draw()
+                self.picture(record).write_bytes(pictures[record])
         for text in self.texts():
             text.write_text(self.updated(text), encoding="utf-8")
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(
-            '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>fastgru: measured</title>'
-            f"<style>{_report.STYLE}</style></head>\n<body>\n<h1>fastgru: measured</h1>\n"
-            + ("\n".join(body) or "<p>No results are stored yet.</p>")
-            + "\n</body>\n</html>\n",
-            encoding="utf-8",
-        )
+        write_page(page, [(part, pictures.get(record)) for record, part in self.sections.items()])
+
+
+def write_page(page: Path, parts: list[tuple[Section, bytes | None]]) -> None:
+    """Write sections and their pictures (as PNG) as one file that needs nothing else."""
+    body = []
+    for part, picture in parts:
+        body.append(f"<h2>{html.escape(part.title)}</h2>")
+        if picture is not None:
+            body.append(f'<img alt="" src="data:image/png;base64,{base64.b64encode(picture).decode()}">')
+        for name, table in part.tables.items():
+            body += [f"<h3>{html.escape(_caption(name))}</h3>", _report.html_table(table, _numeric(table))]
+        body += [f"<p>{html.escape(line)}</p>" for line in part.remarks]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(
+        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>fastgru: measured</title>'
+        f"<style>{_report.STYLE}</style></head>\n<body>\n<h1>fastgru: measured</h1>\n"
+        + ("\n".join(body) or "<p>No results are stored yet.</p>")
+        + "\n</body>\n</html>\n",
+        encoding="utf-8",
+    )
 
 
 def _lines(text: str) -> str:
@@ -336,7 +447,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail when something would change")
     parser.add_argument("--page", type=Path, default=ROOT / "build/report.html", help="default: build/report.html")
+    parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="write the page of these records alone")
     options = parser.parse_args()
+    if options.show:
+        parts = [section(json.loads(path.read_text(encoding="utf-8"))) for path in options.show]
+        write_page(options.page, [(part, part.draw and part.draw()) for part in parts])
+        print(options.page)
+        return
     report = Report(ROOT)
     if not options.check:
         report.write(options.page)

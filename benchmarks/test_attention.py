@@ -1,53 +1,83 @@
-"""Attention on the CPU beside torch's: ``pytest benchmarks``. Correctness is checked before anything is timed."""
+"""Attention, every shape and peer: ``pytest benchmarks``. Correctness is checked before anything is timed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import memory
 import pytest
 import torch
-import torch.nn.functional as F
-from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
+from checks import attention_case
+from peers import PeerMissingError
+from peers_attention import attention_peers
+from problems import CPU_ATTENTION, CUDA_ATTENTION, Attention
+from roofline import attention_limit
+from test_gru import NO_GPU
 
-import fastgru
-
-#: (B, H, Lq, Lk, D): long and short self-attention, and a decoding step.
-SHAPES = [(1, 8, 1024, 1024, 64), (8, 8, 128, 128, 64), (32, 8, 1, 512, 64)]
-PEERS: dict[str, Callable[..., Tensor]] = {
-    "fastgru": fastgru.scaled_dot_product_attention,
-    "torch": F.scaled_dot_product_attention,
-}
-ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+DEVICES = {"cpu": (("float32", "bfloat16"), CPU_ATTENTION), "cuda": (("float16", "bfloat16"), CUDA_ATTENTION)}
 
 
-def _inputs(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> tuple[Tensor, ...]:
-    torch.manual_seed(0)
-    B, H, Lq, Lk, D = shape
-    sizes = [(B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D)]
-    return tuple(torch.randn(size, dtype=dtype, requires_grad=requires_grad) for size in sizes)
+def cases(training: bool) -> list[Any]:
+    """Device, dtype, shape and peer of every benchmark on this machine."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    found: list[Any] = [
+        (device, dtype, shape, peer)
+        for device in devices
+        for dtype in DEVICES[device][0]
+        for shape in DEVICES[device][1]
+        for peer in attention_peers(device, dtype, training)
+    ]
+    return found if "cuda" in devices else [*found, NO_GPU]
 
 
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward + backward"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attention(
-    benchmark: BenchmarkFixture, shape: tuple[int, ...], dtype: torch.dtype, backward: bool, peer: str
-) -> None:
-    benchmark.group = f"attention {shape} {str(dtype).removeprefix('torch.')}{', backward' if backward else ''}"
-    inputs = _inputs(shape, dtype, backward)
-    attention = PEERS[peer]
-    exact = F.scaled_dot_product_attention(*(t.detach().double() for t in inputs))
-    assert (attention(*inputs).double() - exact).abs().max() < ERROR[dtype]
-    grad = torch.ones_like(exact, dtype=dtype)
-
-    def training() -> Any:
-        return torch.autograd.grad(attention(*inputs), inputs, grad)
+@pytest.mark.parametrize("device, dtype, shape, peer", cases(training=False), ids=str)
+def test_forward(timed: Callable[..., None], device: str, dtype: str, shape: Attention, peer: str) -> None:
+    case = attention_case(shape, device, dtype)
+    try:
+        attention = attention_peers(device, dtype, training=False)[peer](*case.inputs)
+    except PeerMissingError as error:
+        pytest.skip(f"{peer}: {error}")
 
     def forward() -> Any:
         with torch.inference_mode():
-            return attention(*inputs)
+            return attention(*case.inputs)
 
-    benchmark(training if backward else forward)
+    timed(
+        forward,
+        kind=f"attention, forward, {device}, {dtype}",
+        problem=shape,
+        peer=peer,
+        device=device,
+        flops=shape.forward_flops,
+        limit=attention_limit(shape, device, dtype, torch.get_num_threads(), training=False),
+        of_allowed_error=case.check(peer, forward),
+    )
+
+
+@pytest.mark.parametrize("device, dtype, shape, peer", cases(training=True), ids=str)
+def test_forward_and_backward(timed: Callable[..., None], device: str, dtype: str, shape: Attention, peer: str) -> None:
+    case = attention_case(shape, device, dtype)
+    inputs = tuple(t.detach().requires_grad_() for t in case.inputs)
+    try:
+        attention = attention_peers(device, dtype, training=True)[peer](*inputs)
+    except PeerMissingError as error:
+        pytest.skip(f"{peer}: {error}")
+
+    def step() -> Any:
+        return torch.autograd.grad(attention(*inputs), inputs, case.grad)
+
+    more = {"of_allowed_error": case.check_gradients(peer, step)}
+    if device == "cpu" and dtype == "float32" and peer in memory.PEERS["attention"]:
+        more["peak_bytes"] = memory.peak_bytes("attention", peer, shape, torch.get_num_threads())
+    timed(
+        step,
+        kind=f"attention, forward + backward, {device}, {dtype}",
+        problem=shape,
+        peer=peer,
+        device=device,
+        # Three and a half times: five products, one of which computes the scores again.
+        flops=3.5 * shape.forward_flops,
+        limit=attention_limit(shape, device, dtype, torch.get_num_threads(), training=True),
+        **more,
+    )

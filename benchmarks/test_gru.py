@@ -1,46 +1,75 @@
-"""The GRU on the CPU, every problem and peer: ``pytest benchmarks``, with all that pytest-benchmark offers.
+"""The GRU, every problem and peer: ``pytest benchmarks``, with all that pytest-benchmark offers.
 
-Groups are problems; a peer that is not installed is skipped with the line that installs it. Nothing is timed before its
-output has been compared with torch.nn.GRU in float64. Ratios from here are between blocks that ran one after the other;
-``benchmarks/cpu_gru.py`` runs the peers in turn, which is what the published table needs.
+Groups are problems; a peer that is not installed is skipped with the line that installs it, a GPU that is not there
+with the reason. Nothing is timed before its output, or every gradient, has been compared with torch.nn.GRU in float64.
+Ratios from here are between blocks that ran one after the other; ``benchmarks/cpu_gru.py`` runs the peers in turn,
+which is what the published table needs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import memory
 import pytest
 import torch
-from cpu_gru import check
-from peers import FORWARD, TRAINING, PeerMissingError
-from problems import CPU_GRU, Problem
-from pytest_benchmark.fixture import BenchmarkFixture
-from torch import nn
+from checks import gru_case
+from peers import PeerMissingError, gru_peers
+from problems import CPU_GRU, CUDA_GRU, Problem
+from roofline import gru_limit
+
+NO_GPU = pytest.param("cuda", "", None, "", marks=pytest.mark.skip(reason="torch finds no GPU"), id="cuda")
+#: Steps that take some memory, beside torch and what it holds anyway.
+LARGE = CPU_GRU[-4:]
 
 
-def _problem(problem: Problem) -> tuple[nn.GRU, torch.Tensor]:
-    torch.manual_seed(0)
-    return nn.GRU(problem.I, problem.H), torch.randn(problem.T, problem.B, problem.I)
+def cases(training: bool) -> list[Any]:
+    """Device, dtype, problem and peer of every benchmark on this machine."""
+    found: list[Any] = [("cpu", "float32", p, peer) for p in CPU_GRU for peer in gru_peers("cpu", training)]
+    if not torch.cuda.is_available():
+        return [*found, NO_GPU]
+    for dtype in ("bfloat16", "float16", "float32"):
+        found += [("cuda", dtype, p, peer) for p in CUDA_GRU for peer in gru_peers("cuda", training)]
+    return found
 
 
-@pytest.mark.parametrize("peer", FORWARD)
-@pytest.mark.parametrize("problem", CPU_GRU, ids=str)
-def test_forward(benchmark: BenchmarkFixture, problem: Problem, peer: str) -> None:
-    benchmark.group = f"forward {problem}"
-    gru, x = _problem(problem)
+@pytest.mark.parametrize("device, dtype, problem, peer", cases(training=False), ids=str)
+def test_forward(timed: Callable[..., None], device: str, dtype: str, problem: Problem, peer: str) -> None:
+    case = gru_case(problem, device, dtype)
     try:
-        function = FORWARD[peer](gru, x)
+        function = gru_peers(device, training=False)[peer](case.gru, case.x)
     except PeerMissingError as error:
-        pytest.skip(str(error))
-    check(function, gru, x)
-    benchmark(function)
+        pytest.skip(f"{peer}: {error}")
+    timed(
+        function,
+        kind=f"GRU, forward, {device}, {dtype}",
+        problem=problem,
+        peer=peer,
+        device=device,
+        flops=problem.forward_flops,
+        limit=gru_limit(problem, device, dtype, torch.get_num_threads(), training=False),
+        of_allowed_error=case.check(peer, function),
+    )
 
 
-@pytest.mark.parametrize("peer", TRAINING)
-@pytest.mark.parametrize("problem", CPU_GRU, ids=str)
-def test_forward_and_backward(benchmark: BenchmarkFixture, problem: Problem, peer: str) -> None:
-    benchmark.group = f"forward + backward {problem}"
-    gru, x = _problem(problem)
-    grad = torch.randn(problem.T, problem.B, problem.H)
-    want, got = TRAINING["nn.GRU"](gru, x, grad)(), TRAINING[peer](gru, x, grad)()
-    for theirs, ours in zip(want, got, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
-    benchmark(TRAINING[peer](gru, x, grad))
+@pytest.mark.parametrize("device, dtype, problem, peer", cases(training=True), ids=str)
+def test_forward_and_backward(timed: Callable[..., None], device: str, dtype: str, problem: Problem, peer: str) -> None:
+    case = gru_case(problem, device, dtype)
+    try:
+        step = gru_peers(device, training=True)[peer](case.gru, case.x, case.grad)
+    except PeerMissingError as error:
+        pytest.skip(f"{peer}: {error}")
+    more = {"of_allowed_error": case.check_gradients(peer, step)}
+    if device == "cpu" and problem in LARGE and peer in memory.PEERS["gru"]:
+        more["peak_bytes"] = memory.peak_bytes("gru", peer, problem, torch.get_num_threads())
+    timed(
+        step,
+        kind=f"GRU, forward + backward, {device}, {dtype}",
+        problem=problem,
+        peer=peer,
+        device=device,
+        flops=3 * problem.forward_flops,
+        limit=gru_limit(problem, device, dtype, torch.get_num_threads(), training=True),
+        **more,
+    )

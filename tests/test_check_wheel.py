@@ -6,6 +6,8 @@ import os
 import platform
 import re
 import runpy
+import shutil
+import struct
 import subprocess
 import zipfile
 from pathlib import Path
@@ -44,7 +46,8 @@ def check(
         "RECORD": "fastgru/_C.so,,\n",  # auditwheel looks at what is listed
         "licenses/LICENSE": "",
     }
-    files = {f"fastgru-0.1.0.dist-info/{file}": text for file, text in {**files, **more}.items() if "so" not in file}
+    info = "fastgru-0.1.0" if name.endswith(".whl") else name
+    files = {f"{info}.dist-info/{file}": text for file, text in {**files, **more}.items() if "so" not in file}
     files |= {"fastgru/py.typed": "", "fastgru/kernels/__init__.py": ""}
     files |= {file: text for file, text in more.items() if "so" in file}
     wheel = directory / (name if name.endswith(".whl") else f"{name}-py3-none-{PLATFORM}.whl")
@@ -57,6 +60,41 @@ def check(
 
 def test_a_good_wheel_passes(tmp_path: Path) -> None:
     check(tmp_path)
+
+
+def device_code(*entries: tuple[int, int]) -> str:
+    """A library's device code as nvcc would leave it: machine code (2) and PTX (1) for architectures."""
+    code = b"".join(struct.pack("<HHIQQII", kind, 0, 32, 8, 0, 0, number) + bytes(8) for kind, number in entries)
+    data = struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(code)) + code
+    section = '__attribute__((section(".nv_fatbin"), used))'
+    return f"{section} static const unsigned char fatbin[] = {{{', '.join(map(str, data))}}};"
+
+
+CUDA = {"name": "fastgru-0.1.0+cu130", "METADATA": METADATA.replace("0.1.0", "0.1.0+cu130")}
+
+
+def test_a_cuda_wheel_passes_and_says_for_what_it_holds_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(tmp_path, code=device_code((2, 80), (2, 90), (1, 90)), **CUDA)
+    assert "device code: compute_90, sm_80, sm_90" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_device_code_is_found_where_nvcc_puts_it(tmp_path: Path) -> None:
+    source, library = tmp_path / "two.cu", tmp_path / "two.o"
+    source.write_text("__global__ void kernel(float* p) { *p = 1; }\n")
+    targets = ("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=[sm_90a,compute_90a]")
+    subprocess.run(["nvcc", "-c", *targets, str(source), "-o", str(library)], check=True)
+    with library.open("rb") as file:
+        assert CHECK["device_code"](CHECK["ELFFile"](file)) == {"sm_80", "sm_90", "compute_90"}
+
+
+def test_a_wheel_for_pypi_is_not_larger_than_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHECK["check_file"].__globals__, "PYPI_BYTES", 1000)
+    with pytest.raises(SystemExit, match="bytes are more than the 1,000 that PyPI takes"):
+        check(tmp_path)
+    check(tmp_path, code=device_code((2, 80), (1, 80)), **CUDA)
 
 
 def call(function: str) -> str:
@@ -78,6 +116,9 @@ def call(function: str) -> str:
         ({"code": "namespace c10 { int h(); } int g() { return c10::h(); }"}, "torch's stable ABI: ('c10::h()'"),
         ({"code": call("torch_from_blob")}, "('torch_from_blob',) need torch 2.11"),
         ({"code": call("aoti_torch_nothing")}, "torch-abi-audit does not know ('aoti_torch_nothing',)"),
+        (CUDA, "its device code is [], not machine code and PTX"),
+        ({**CUDA, "code": device_code((2, 80), (2, 90))}, "its device code is ['sm_80', 'sm_90'], not"),
+        ({"code": device_code((2, 80), (1, 80))}, "it holds device code (['compute_80', 'sm_80']), but its version"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

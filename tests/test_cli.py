@@ -219,6 +219,10 @@ def test_bench_times_every_combination_both_ways(tmp_path: Path, capsys: pytest.
         for times in result["times"].values():
             assert times["speedup_q1"] <= times["speedup"] <= times["speedup_q3"]
             assert times["baseline_s"] > 0
+        for latency in (
+            result["latency_s"][mode][who] for mode in result["times"] for who in ("baseline", "candidate")
+        ):
+            assert 0 < latency["p50"] <= latency["p90"]
 
 
 @pytest.mark.usefixtures("wrong_numbers")
@@ -359,6 +363,36 @@ def test_time_pair_alternates_and_calls_both_equally_often() -> None:
         blocks = blocks.replace("aa", "a").replace("bb", "b")
     # ab, ba, ab, ba: equal neighbours have merged.
     assert blocks in ("ababa", "baba")
+
+
+def test_percentiles_are_of_the_values_and_not_guessed() -> None:
+    thousand = [float(i) for i in range(1001)][::-1]
+    assert _timing.percentiles(thousand) == pytest.approx({"p50": 500, "p90": 900, "p99": 990})
+    assert set(_timing.percentiles(thousand[:99])) == {"p50", "p90"}
+    assert _timing.percentiles([1.0]) == {}
+
+
+def test_latency_times_single_calls_and_the_gpu_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 7.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: log.append("sync"))
+    measured = _timing.latency(lambda: log.append("call"), device=torch.device("cuda"), seconds=1e-9)
+    assert measured["device"] == pytest.approx(7e-3)
+    assert " ".join(log).count("sync event call event sync") == log.count("call") == 20
+    log.clear()
+    measured = _timing.latency(lambda: log.append("call"), device=torch.device("cpu"), seconds=1e-9)
+    assert set(measured) == {"p50", "p90"} and log == ["call"] * 20
 
 
 def test_json_has_no_nan() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import runpy
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE_SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h", ".inc", ".md", ".typed")
+SOURCE_SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h", ".inc", ".md", ".typed", ".json", ".cubin")
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
@@ -58,6 +59,18 @@ def test_the_sdist_holds_every_source(sdist: Path) -> None:
     assert not [name for name in inside if name.endswith((".so", ".pyc"))]
 
 
+def test_every_file_of_the_package_is_shipped() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        setuptools = tomllib.load(file)["tool"]["setuptools"]
+    for package, folder in setuptools["package-dir"].items():
+        patterns = setuptools["package-data"].get(package, [])
+        for path in (ROOT / folder).rglob("*"):
+            name = path.relative_to(ROOT / folder).as_posix()
+            if path.is_file() and path.suffix not in (".py", ".pyc", ".so"):
+                assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), f"{package} does not ship {name}"
+
+
 def test_the_sdist_installs_without_a_compiler_and_says_so(sdist: Path, tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-index"]
     said = run(*pip, "--target", str(tmp_path / "site"), str(sdist), cwd=tmp_path, CXX="/nowhere/c++")
@@ -89,6 +102,7 @@ def test_pip_installs_from_the_index_of_a_cuda_version(tmp_path: Path) -> None:
         run(*pip, "--index-url", index, "--dest", label, "fastgru", cwd=tmp_path, PIP_CONFIG_FILE=os.devnull)
         (found,) = (tmp_path / label).iterdir()
         assert found.name.startswith(expected)
+        assert '<a href="fastgru/">fastgru</a>' in (tmp_path / "whl" / label / "index.html").read_text()
     # The hash on the page is checked.
     (tmp_path / "releases/v0.1.0/fastgru-0.1.0-py3-none-any.whl").write_bytes(b"something else")
     index = (tmp_path / "whl/cpu").as_uri()
@@ -137,8 +151,29 @@ def test_the_cuda_part_is_asked_for_or_left_out(
     assert "The CUDA part is left out" in capsys.readouterr().out
 
 
-def test_one_architecture_list_in_code_and_documentation() -> None:
-    assert f"`{setup_py()['ARCHITECTURES']}`" in (ROOT / "docs/install.md").read_text()
+def test_the_default_architectures_are_those_that_the_toolkit_knows() -> None:
+    architectures = setup_py()["architectures"]
+    assert architectures("13.0") == architectures("12.8") == architectures("12.10") == "8.0;9.0a;10.0+PTX"
+    assert architectures("12.4") == architectures("12.0") == "8.0;9.0a;9.0+PTX"
+    with pytest.raises(SystemExit, match=r"CUDA 11\.8 is older than 12\.0"):
+        architectures("11.8")
+    text = (ROOT / "docs/install.md").read_text()
+    assert not [names for names in setup_py()["ARCHITECTURES"].values() if f"`{names}`" not in text]
+
+
+def test_a_toolkit_that_is_named_is_the_only_one_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for home in ("on_path", "named"):
+        for folder, file in (("bin", "nvcc"), ("include", "cuda_runtime.h")):
+            (tmp_path / home / folder).mkdir(parents=True)
+            (tmp_path / home / folder / file).touch(mode=0o755)
+    find_toolkit = setup_py()["find_toolkit"]
+    monkeypatch.setenv("PATH", str(tmp_path / "on_path/bin"))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert find_toolkit() == tmp_path / "on_path"
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "named"))
+    assert find_toolkit() == tmp_path / "named"
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    assert find_toolkit() is None
 
 
 def test_the_variables_that_builds_read_are_documented() -> None:

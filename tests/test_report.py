@@ -53,8 +53,18 @@ def cpu_gru_record() -> dict[str, Any]:
 
 def suite_record() -> dict[str, Any]:
     stats = {"median": 5e-6, "q1": 4e-6, "q3": 6e-6}
-    item = {"group": "stream", "name": "fastgru-forward", "stats": stats, "extra_info": {"of_peak": 0.5, "errors": {}}}
-    return {"benchmarks": [item], "machine_info": {"machine": "x86_64"}, "commit_info": {"id": "abc"}}
+    ours = {"problem": "T1", "peer": "fastgru", "p90_us": 6.26, "p99_us": 9.0, "gflops": 12.3, "of_limit": 0.5}
+    theirs = {"problem": "T1", "peer": "nn.GRU", "p90_us": 70.0, "gflops": 1.2, "of_limit": 0.049}
+    ours |= {"limited_by": "memory", "peak_bytes": 3 << 19, "of_allowed_error": 0.3}
+    items = [
+        {"group": "GRU, forward, T1", "name": "a", "stats": stats, "extra_info": ours},
+        {"group": "GRU, forward, T1", "name": "b", "stats": {**stats, "median": 6e-5}, "extra_info": theirs},
+        # Without what this project's suite stores.
+        {"group": "another", "name": "plain", "stats": stats, "extra_info": {}},
+    ]
+    limits = {"fma_peak_gflops": 500.2, "read_gb_per_s": {"16": 1.0}, "levels_gb_per_s": {"L1": 400.0}}
+    machine = {"machine": "x86_64", "cpu": {"brand_raw": "A CPU"}, "versions": VERSIONS, "limits": {"cpu": limits}}
+    return {"benchmarks": items, "machine_info": machine, "commit_info": {"id": "abc"}}
 
 
 @pytest.fixture
@@ -86,10 +96,18 @@ def test_blocks_and_pictures_are_made_from_the_records(
     assert "geometric_mean:.1f -->2.0<!-- /results --> times as fast" in readme
     (picture,) = (root / "docs/images").glob("cpu_gru-*.png")
     assert f"(docs/images/{picture.name})" in readme
+    assert len(list((root / "docs/images").glob("suite-*.png"))) == 1
     page = (root / "docs/performance.md").read_text()
     assert f"(images/{picture.name})" in page
     assert "| 64, 32, 128, 256 | 1,234 | 2,500 (2.03x, 1.98-2.07) | 321 | 66% |" in page
-    assert "| fastgru-forward | 5.0 | 4.0-6.0 | 0.5 |" in page
+    assert (
+        "|  |  | median, µs | quartiles, µs | 90 %, µs | 99 %, µs | GFLOP/s | of the limit | which is | peak, MB |"
+        in page
+    )
+    assert "| T1 | fastgru | 5.0 | 4.0-6.0 | 6.3 | 9.0 | 12 | 50% | memory | 1.5 |" in page
+    assert "| T1 | nn.GRU | 60.0 | 4.0-6.0 | 70.0 |  | 1 | 5% |  |  |" in page
+    assert "| plain | 5.0 | 4.0-6.0 |" in page
+    assert "| cpu | fma peak, GFLOP/s | 500 |\n| cpu | read from L1, GB/s | 400 |" in page
     assert "A CPU" in page and "torch 2.13.0" in page and "triton" not in page
     html = (root / "build/report.html").read_text()
     assert '<td class="number">2,500 (2.03x, 1.98-2.07)</td>' in html and "data:image/png;base64," in html
@@ -101,6 +119,20 @@ def test_blocks_and_pictures_are_made_from_the_records(
     after = "\n".join(report.Report(root).problems())
     assert "README.md: a block of results is not up to date" in after
     assert "is missing; run make report" in after
+
+
+def test_a_page_of_one_record_touches_nothing_else(
+    report: ModuleType, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = root / "build/mine.html"
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    record = str(root / "benchmarks/results/suite.json")
+    monkeypatch.setattr(sys, "argv", ["report.py", "--show", record, "--page", str(page)])
+    report.main()
+    text = page.read_text()
+    assert '<td class="number">60.0</td>' in text and text.count("data:image/png;base64,") == 1
+    assert "9.9" not in text
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path != page} == before
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@
 
 The file: name, version and tag agree with the metadata; one library, nothing vendored, no search path; auditwheel finds
 no symbol newer than the tag promises; torch-abi-audit finds nothing outside torch's stable ABI, and nothing that torch
-2.10 lacks; no CPython symbol at all, so that abi3audit has nothing to audit; twine accepts the metadata.
+2.10 lacks; no CPython symbol at all, so that abi3audit has nothing to audit; twine accepts the metadata; PyPI takes
+its size. A CUDA wheel holds machine code, and PTX for GPUs that are newer than it.
 
 The installation: for each ``--with PYTHON=TORCH`` (default: this interpreter and its torch) a fresh environment with
-that torch and the wheel alone runs `python -m fastgru verify` from an empty directory. A CUDA wheel passes it on a
+that torch and one wheel alone runs `python -m fastgru verify` from an empty directory. A CUDA wheel passes it on a
 machine without a GPU and with a CPU build of torch, too.
 """
 
@@ -17,6 +18,7 @@ import argparse
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,8 @@ from torch_abi_audit import inspect_extension
 
 OLDEST_TORCH = Version("2.10")
 LIBRARY = "fastgru/_C.so"
+# Of one file, unless PyPI is asked for more. Wheels with a local version are kept elsewhere and may be larger.
+PYPI_BYTES = 100 * 10**6
 # torch's libraries, and what every system has. All else, libcuda and libcudart included, must not be needed to load.
 NEEDED = re.compile(r"lib(c10|torch|torch_cpu|stdc\+\+|gcc_s|c|m|dl|rt|pthread)\.so(\.\d+)?|ld-linux-.*")
 
@@ -40,6 +44,7 @@ PROBE = """
 import sys, torch, fastgru
 with fastgru.use_backend("cpu"):
     fastgru.GRU(3, 4)(torch.randn(5, 2, 3))
+    fastgru.flash_attention(*torch.randn(3, 1, 2, 5, 8))
 assert fastgru.__version__ == sys.argv[1], fastgru.__version__
 cuda = fastgru.__version__.partition("+cu")[2]
 try:
@@ -87,10 +92,32 @@ def check_names(wheel: Path, content: zipfile.ZipFile) -> None:
         check(name in content.namelist(), wheel, f"it lacks {name}")
 
 
+def device_code(elf: ELFFile) -> set[str]:
+    """The architectures that the library holds code for, such as sm_80 (machine code) and compute_100 (PTX).
+
+    nvcc puts the code of each file into the section .nv_fatbin: a header (magic number, version, its own size, the size
+    of what follows), then for each architecture a header (kind, -, its own size, the size of the code, ...; the eighth
+    32-bit number is the architecture) and the code.
+    """
+    section = elf.get_section_by_name(".nv_fatbin")
+    data = section.data() if section else b""
+    found, at = set(), 0
+    while (at := data.find(b"\x50\xed\x55\xba", at)) >= 0:
+        _, _, header, size = struct.unpack_from("<IHHQ", data, at)
+        at, end = at + header, at + header + size
+        while at < end:
+            kind, _, header, size = struct.unpack_from("<HHIQ", data, at)
+            (architecture,) = struct.unpack_from("<I", data, at + 28)
+            found.add(f"{ {1: 'compute', 2: 'sm'}[kind] }_{architecture}")
+            at += header + size
+    return found
+
+
 def check_library(wheel: Path, library: Path) -> None:
     """What the library needs to load is in every torch from the oldest on and in every system."""
     with library.open("rb") as file:
         elf = ELFFile(file)
+        code = device_code(elf)
         dynamic = list(elf.get_section_by_name(".dynamic").iter_tags())
         symbols = [s.name for s in elf.get_section_by_name(".dynsym").iter_symbols() if s["st_shndx"] == "SHN_UNDEF"]
     needed = [tag.needed for tag in dynamic if tag.entry.d_tag == "DT_NEEDED"]
@@ -106,10 +133,20 @@ def check_library(wheel: Path, library: Path) -> None:
     least = Version(found.min_torch_version)
     check(least <= OLDEST_TORCH, wheel, f"{found.version_defining_symbols} need torch {least}")
     print(f"  stable ABI: {found.stable_shim_count} functions of torch, all in {least}", flush=True)
+    if parse_wheel_filename(wheel.name)[1].local:
+        kinds = {name.partition("_")[0] for name in code}
+        check(kinds == {"sm", "compute"}, wheel, f"its device code is {sorted(code)}, not machine code and PTX")
+        print(f"  device code: {', '.join(sorted(code))}", flush=True)
+    else:
+        check(not code, wheel, f"it holds device code ({sorted(code)}), but its version names no CUDA")
 
 
 def check_file(wheel: Path) -> None:
     """Everything that can be told without installing."""
+    size = wheel.stat().st_size
+    fits = size <= PYPI_BYTES or parse_wheel_filename(wheel.name)[1].local is not None
+    check(fits, wheel, f"{size:,} bytes are more than the {PYPI_BYTES:,} that PyPI takes")
+    print(f"  {size:,} bytes", flush=True)
     with zipfile.ZipFile(wheel) as content, tempfile.TemporaryDirectory() as directory:
         check_names(wheel, content)
         check_library(wheel, Path(content.extract(LIBRARY, directory)))
@@ -120,21 +157,25 @@ def check_file(wheel: Path) -> None:
     print("  auditwheel and twine: accepted", flush=True)
 
 
-def check_installed(wheel: Path, python: str, version: str) -> None:
-    """Install the wheel alone, beside torch ``version``, and verify it from another directory."""
-    local = parse_wheel_filename(wheel.name)[1]
+def check_installed(wheels: list[Path], python: str, version: str) -> None:
+    """Install each wheel alone, beside torch ``version``, and verify it from another directory."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         interpreter = directory / "venv/bin/python"
         run(python, "-m", "venv", directory / "venv")
         run(interpreter, "-m", "pip", "install", "--quiet", f"torch=={version}")
-        # No index: what the wheel needs beyond torch would be missing.
-        run(interpreter, "-m", "pip", "install", "--quiet", "--no-index", wheel.resolve())
-        (directory / "empty").mkdir()
-        run(interpreter, "-c", PROBE, str(local), cwd=directory / "empty")
-        printed = run(interpreter, "-m", "fastgru", "verify", cwd=directory / "empty")
         exact = run(interpreter, "-c", "import platform, torch; print(platform.python_version(), torch.__version__)")
-    print(f"  Python, torch {exact.splitlines()[-1]}: {printed.splitlines()[-1]}", flush=True)
+        (directory / "empty").mkdir()
+        print(f"Python, torch {exact.splitlines()[-1]}", flush=True)
+        for wheel in wheels:
+            # No index: what the wheel needs beyond torch would be missing.
+            run(interpreter, "-m", "pip", "install", "--quiet", "--no-index", wheel.resolve())
+            local = parse_wheel_filename(wheel.name)[1]
+            run(interpreter, "-c", PROBE, str(local), cwd=directory / "empty")
+            printed = run(interpreter, "-m", "fastgru", "verify", cwd=directory / "empty")
+            print(f"  {wheel.name}: {printed.splitlines()[-1]}", flush=True)
+            # The next one must bring everything itself.
+            run(interpreter, "-m", "pip", "uninstall", "--quiet", "--yes", "fastgru")
 
 
 def main() -> None:
@@ -156,8 +197,8 @@ def main() -> None:
     for wheel in options.wheels:
         print(wheel, flush=True)
         check_file(wheel)
-        for python, version in pairs:
-            check_installed(wheel, python, version)
+    for python, version in pairs:
+        check_installed(options.wheels, python, version)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python tools/index.py RELEASES OUT --url URL
 
 RELEASES holds a folder per release with its wheels; a wheel is then found at URL/<release>/<file>. OUT gets
-``cpu/fastgru/index.html``, ``cu130/fastgru/index.html`` and so on, with the hash of every file, which pip checks.
+``cpu/fastgru/index.html``, ``cu130/fastgru/index.html`` and so on, with the hash of every file, which pip checks, and
+above each the page of its projects.
 """
 
 from __future__ import annotations
@@ -27,10 +28,14 @@ def write_index(releases: Path, out: Path, url: str) -> None:
         link = f'<a href="{html.escape(address)}#sha256={digest}" data-requires-python="&gt;=3.10">{wheel.name}</a><br>'
         links.setdefault((version.local or "cpu", name), []).append(link)
     for (label, name), found in links.items():
-        page = out / label / name / "index.html"
-        page.parent.mkdir(parents=True, exist_ok=True)
-        head = '<!doctype html>\n<html>\n<head><meta name="pypi:repository-version" content="1.0"></head>\n<body>\n'
-        page.write_text(head + "\n".join(found) + "\n</body>\n</html>\n", encoding="utf-8")
+        _write(out / label / name / "index.html", found)
+        _write(out / label / "index.html", [f'<a href="{name}/">{name}</a>'])
+
+
+def _write(page: Path, links: list[str]) -> None:
+    page.parent.mkdir(parents=True, exist_ok=True)
+    head = '<!doctype html>\n<html>\n<head><meta name="pypi:repository-version" content="1.0"></head>\n<body>\n'
+    page.write_text(head + "\n".join(links) + "\n</body>\n</html>\n", encoding="utf-8")
 
 
 def main() -> None:

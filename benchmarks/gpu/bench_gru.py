@@ -5,19 +5,19 @@
 Contenders: our Triton kernels; the same in a CUDA graph (forward only); our cudnn backend; nn.GRU itself, with its
 weights in one chunk. One layer, I = H, whole calls, input projection included. A contender's outputs are compared with
 nn.GRU in float64 before it is timed; if they break the rule of fastgru.testing it is not. The time of a step is the
-difference between 2T and T, over T. Also: the copy and bf16 matmul ceilings of the card, and the memory of a training
+difference between 2T and T, over T. Also: the copy and matmul ceilings of the card, and the memory of a training
 step. Most wanted first: what the minutes do not suffice for is listed as left out.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import stage
 import torch
+from roofline import gpu_roofline
+from timing import device_time, peak_bytes
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -39,37 +39,6 @@ KINDS = [
     (True, True, 1),
     (True, False, 2),
 ]
-
-
-def seconds(call: Callable[[], Any], budget: float = 0.15) -> dict[str, float]:
-    """Median device time of a call, and the host's time to submit it, in microseconds."""
-    call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    rounds = max(5, min(50, int(budget / (time.perf_counter() - start))))
-    device, host = [], []
-    for _ in range(rounds):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        start = time.perf_counter()
-        call()
-        host.append(time.perf_counter() - start)
-        after.record()
-        torch.cuda.synchronize()
-        device.append(before.elapsed_time(after) * 1e3)
-    return {"device_us": statistics.median(device), "host_us": statistics.median(host) * 1e6, "rounds": rounds}
-
-
-def ceilings() -> dict[str, float]:
-    """What the card gives: bytes per second of a copy, operations per second of a bf16 product."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = seconds(lambda: target.copy_(source))["device_us"]
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product = seconds(lambda: a @ a)["device_us"]
-    return {"copy_gb_per_s": 2 * source.numel() / copy / 1e3, "bf16_matmul_tflops": 2 * 8192**3 / product / 1e6}
 
 
 class Problem:
@@ -132,15 +101,6 @@ def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def measure(problem: Problem) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for backend in ("triton", "cudnn"):
@@ -150,11 +110,11 @@ def measure(problem: Problem) -> dict[str, Any]:
                 result[backend] = {"error": error, "limit": problem.limit, "refused": "breaks the numeric rule"}
                 continue
             call = problem.call(problem.ours)
-            result[backend] = {"error": error, **seconds(call), "peak_bytes": peak_bytes(call)}
+            result[backend] = {"error": error, **device_time(call), "peak_bytes": peak_bytes(call)}
             if backend == "triton" and not problem.training and isinstance(problem.input, Tensor):
-                result["triton_graph"] = seconds(graphed(call))
+                result["triton_graph"] = device_time(graphed(call))
     call = problem.call(problem.theirs)
-    result["nn.GRU"] = {**seconds(call), "peak_bytes": peak_bytes(call)}
+    result["nn.GRU"] = {**device_time(call), "peak_bytes": peak_bytes(call)}
     return result
 
 
@@ -166,7 +126,7 @@ def main() -> None:
     record = stage.Record("bench_gru", arguments.out, arguments.minutes)
     from fastgru.backends.gpu_table import architecture
 
-    record.set(architecture=architecture("cuda"), ceilings=ceilings())
+    record.set(architecture=architecture("cuda"), ceilings=gpu_roofline())
     for training, packed, directions in KINDS:
         for precision in arguments.precisions:
             for hidden, batch in SHAPES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from fastgru.cli import _machine
 
 ROOT = Path(__file__).parents[2]
+# Where what the stages share with the other benchmarks is.
+sys.path.append(str(ROOT / "benchmarks"))
 RESULTS = ROOT / "benchmarks" / "results"
 PRECISIONS = {
     "bfloat16": torch.bfloat16,

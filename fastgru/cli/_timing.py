@@ -51,6 +51,15 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return q1, q2, q3
 
 
+def percentiles(values: list[float]) -> dict[str, float]:
+    """What half, nine in ten and ninety-nine in a hundred are at most: ``p50``, ``p90`` and ``p99``.
+
+    One that fewer than a whole value would lie beyond is a guess, and left out.
+    """
+    cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else []
+    return {f"p{p}": cuts[p - 1] for p in (50, 90, 99) if len(values) * (100 - p) >= 100}
+
+
 def stopwatch(device: torch.device) -> Callable[[], float]:
     """A clock in seconds that waits for the work queued on ``device``."""
     if device.type != "cuda":
@@ -98,3 +107,28 @@ def time_pair(
         if i + 1 >= min_rounds and clock() > deadline:
             break
     return pair
+
+
+def latency(function: Callback, *, device: torch.device, seconds: float) -> dict[str, float]:
+    """Single calls for about ``seconds``: percentiles of the time until the result is there.
+
+    On a GPU also the median time between events before and after the call on the GPU (``device``), which leaves out
+    what the host adds.
+    """
+    clock = stopwatch(device)
+    times: list[float] = []
+    on_device: list[float] = []
+    deadline = clock() + seconds
+    while len(times) < 20 or (len(times) < 1000 and clock() < deadline):
+        start = clock()
+        if device.type == "cuda":
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            function()
+            after.record()
+            times.append(clock() - start)
+            on_device.append(before.elapsed_time(after) / 1e3)
+        else:
+            function()
+            times.append(clock() - start)
+    return percentiles(times) | ({"device": statistics.median(on_device)} if on_device else {})

@@ -27,7 +27,7 @@ from fastgru.cli._common import (
     show_table,
     write_json,
 )
-from fastgru.cli._timing import time_pair
+from fastgru.cli._timing import latency, time_pair
 
 MODES = {"forward": "fwd", "forward + backward": "fwd+bwd"}
 
@@ -36,7 +36,7 @@ def measure(problem: testing.GruProblem, budget: float) -> dict[str, Any]:
     """Both directions of one problem, after its numbers have been checked; not timed if they are wrong."""
     sizes = {"T": problem.T, "B": problem.B, "I": problem.I, "H": problem.H}
     dtype = str(problem.dtype).removeprefix("torch.")
-    record: dict[str, Any] = {**sizes, "dtype": dtype, "broken": [], "times": {}}
+    record: dict[str, Any] = {**sizes, "dtype": dtype, "broken": [], "times": {}, "latency_s": {}}
     record["broken"] = [str(comparison) for comparison in testing.parity(problem) if not comparison.ok]
     if record["broken"]:
         return record
@@ -55,10 +55,25 @@ def measure(problem: testing.GruProblem, budget: float) -> dict[str, Any]:
     input = torch.randn(problem.T, problem.B, problem.I).to(like)
     with torch.inference_mode():
         calls = (lambda: baseline(input), lambda: candidate(input))
-        record["times"]["forward"] = time_pair(*calls, device=like.device, seconds=budget).summary()
-    steps = (training_step(module, input) for module in (baseline, candidate))
-    record["times"]["forward + backward"] = time_pair(*steps, device=like.device, seconds=budget).summary()
+        time_both(record, "forward", calls, like.device, budget)
+    steps = (training_step(baseline, input), training_step(candidate, input))
+    time_both(record, "forward + backward", steps, like.device, budget)
     return record
+
+
+def time_both(
+    record: dict[str, Any],
+    mode: str,
+    calls: tuple[Callable[[], object], Callable[[], object]],
+    device: torch.device,
+    budget: float,
+) -> None:
+    """The ratio of nn.GRU and fastgru, from alternating rounds, and then how long single calls of each take."""
+    record["times"][mode] = time_pair(*calls, device=device, seconds=budget).summary()
+    record["latency_s"][mode] = {
+        name: latency(call, device=device, seconds=budget / 4)
+        for name, call in zip(("baseline", "candidate"), calls, strict=True)
+    }
 
 
 def training_step(module: nn.RNNBase, input: Tensor) -> Callable[[], object]:
@@ -188,7 +203,7 @@ def run(args: argparse.Namespace) -> int:
     for result in results:
         sizes = [",".join(str(result[name]) for name in "TBIH"), result["dtype"]]
         if result["broken"]:
-            rows.append([*sizes, "not timed: wrong", "", "", "", ""])
+            rows.append([*sizes, "not timed: wrong", *[""] * 6])
         for name, times in result["times"].items():
             rows.append(
                 [
@@ -198,15 +213,16 @@ def run(args: argparse.Namespace) -> int:
                     f"{times['candidate_s'] * 1e3:.3g}",
                     f"{times['speedup']:.2f}x",
                     f"{times['speedup_q1']:.2f}-{times['speedup_q3']:.2f}",
+                    *(_tail(result["latency_s"][name][who]) for who in ("baseline", "candidate")),
                 ]
             )
     layers = f"{args.layers} layer(s){', bidirectional' if args.bidirectional else ''}"
     show_table(
         f"torch.nn.GRU against fastgru ({', '.join(sorted(set(backends.values())))}), {layers}, "
         f"{_place(args.device, machine)}; ms per call",
-        ["T,B,I,H", "dtype", "", "nn.GRU", "fastgru", "speed-up", "quartiles"],
+        ["T,B,I,H", "dtype", "", "nn.GRU", "fastgru", "speed-up", "quartiles", "nn.GRU p90/p99", "fastgru p90/p99"],
         rows,
-        right=(0, 3, 4, 5, 6),
+        right=(0, 3, 4, 5, 6, 7, 8),
     )
     broken = [(result, line) for result in results for line in result["broken"]]
     for result, line in broken:
@@ -235,6 +251,11 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(f"{args.compare} holds none of these problems: nothing to compare")
     return 1 if broken else 0
+
+
+def _tail(latency: dict[str, float]) -> str:
+    """What nine in ten and ninety-nine in a hundred calls take at most, in ms; the latter may be missing."""
+    return "/".join(f"{latency[name] * 1e3:.3g}" if name in latency else "-" for name in ("p90", "p99"))
 
 
 def _place(place: torch.device, machine: dict[str, Any]) -> str:
