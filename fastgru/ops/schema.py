@@ -245,7 +245,7 @@ for _name, _kernels, _key in (
     ("cudnn", (cudnn.gru_infer, cudnn.gru_train, cudnn.gru_backward), "CompositeExplicitAutograd"),
     (
         "triton",
-        (triton.gru_infer, triton.gru_train, triton.gru_backward),
+        (triton.operators.infer, triton.operators.train, triton.operators.backward),
         "CompositeExplicitAutograd" if triton.INTERPRETED else "CUDA",
     ),
 ):
