@@ -115,12 +115,12 @@ class Operators:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         layer = Layer(self.kernels, input, hx, *rest)
         directions, batch, hidden = hx.shape
-        output = input.new_empty(*input.shape[:-1], directions * hidden)
+        output = input.new_empty(layer.rows, directions * hidden)
         gates = input.new_empty(directions, layer.rows, 4 * gate_stride(hidden)) if save_gates else None
         h_n = torch.empty_like(layer.hx)
         if batch:
             self.kernels.forward(layer, layer.project(), output, h_n, gates)
-        return output, h_n, gates
+        return output.view(*input.shape[:-1], directions * hidden), h_n, gates
 
     def infer(self, input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """One layer."""
@@ -143,13 +143,14 @@ class Operators:
         *weights_and_batch_sizes, output, gates, need_input_grad, need_weight_grad = rest
         layer = Layer(self.kernels, input, hx, *weights_and_batch_sizes)
         directions, batch, hidden = hx.shape
-        grad_output = None if grad_output is None else grad_output.contiguous()
+        by_row = (layer.rows, directions * hidden)
+        grad_output = None if grad_output is None else grad_output.reshape(by_row).contiguous()
         grad_h_n = None if grad_h_n is None else grad_h_n.contiguous()
         previous = input.new_empty(layer.rows, directions, hidden)
         grad_gates = input.new_empty(layer.rows, 4 * directions * hidden)
         grad_hx = torch.empty_like(layer.hx)
         if batch:
-            self.kernels.previous_states(layer, output.contiguous(), previous)
+            self.kernels.previous_states(layer, output.reshape(by_row).contiguous(), previous)
             if gates is None:
                 gates = self._recompute_gates(layer, previous)
             self.kernels.backward(layer, grad_output, grad_h_n, previous, gates, grad_gates, grad_hx)

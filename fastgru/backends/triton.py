@@ -113,9 +113,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _wins(device: torch.device, dtype: torch.dtype, sizes: registry.Sizes | None) -> bool:
-    return device.type == "cuda" and gpu_table.triton_wins(
-        gpu_table.architecture(device), gpu_table.precision(dtype), sizes
-    )
+    return gpu_table.wins("triton", device, dtype, sizes)
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler.
