@@ -1,0 +1,46 @@
+"""Build the module next to this file that runs the CUDA kernels on the CPU, unless it is newer than its sources."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-shared"]
+
+
+def build(directory: Path = HERE / "build") -> Path:
+    """Compile if anything changed and return the path of the module; safe to call from several processes at once."""
+    import pybind11
+
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / f"_emulation{sysconfig.get_config_var('EXT_SUFFIX')}"
+    sources = [p for folder in (HERE, CSRC / "cuda") for p in folder.glob("*") if p.suffix in (".cpp", ".h", ".cuh")]
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists() or target.stat().st_mtime <= max(p.stat().st_mtime for p in sources):
+            includes = [CSRC, HERE, pybind11.get_include(), sysconfig.get_path("include")]
+            partial = target.with_suffix(".partial")
+            subprocess.run(
+                [os.environ.get("CXX", "g++"), *FLAGS, *(f"-I{path}" for path in includes)]
+                + [str(HERE / "emulation.cpp"), "-o", str(partial)],
+                check=True,
+            )
+            partial.replace(target)
+    return target
+
+
+def load() -> ModuleType:
+    """The module, built if need be."""
+    spec = importlib.util.spec_from_file_location("_emulation", build())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
