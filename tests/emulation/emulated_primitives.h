@@ -13,6 +13,7 @@
 namespace fastgru {
 namespace cuda {
 
+using std::max;
 using std::min;
 
 inline emulation::Machine& machine() { return *emulation::Machine::current(); }
