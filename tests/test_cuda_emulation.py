@@ -112,6 +112,7 @@ class Layer:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.dtype = DTYPES[problem.precision]
+        self.schedule = problem.seed
         H, B, D = problem.H, problem.B, problem.D
         generator = torch.Generator().manual_seed(problem.seed)
 
@@ -156,7 +157,7 @@ class Layer:
         p = self.problem
         return {
             "precision": p.precision, "T": p.T, "rows": raw(self.table), "w_hh": raw(self.stack("weight_hh")),
-            "cluster": p.cluster, "column_tiles": p.column_tiles, "seed": p.seed, "fault": fault,
+            "cluster": p.cluster, "column_tiles": p.column_tiles, "seed": self.schedule, "fault": fault,
         }  # fmt: skip
 
     def forward(self, emulation: ModuleType, fault: str = "none") -> tuple[Tensor, Tensor, Tensor]:
@@ -243,9 +244,39 @@ PROBLEMS = [
     Problem("tf32", H=129, B=17, T=3, cluster=9, column_tiles=2, grad_h_n=False, seed=6),
     Problem("tf32", H=145, B=9, T=3, D=2, cluster=4, lengths=(3, 3, 2, 2, 2, 2, 1, 1, 1), seed=7),
     Problem("bf16", H=136, B=1, T=1, seed=8),
+    # More weights than registers hold, forwards too.
+    Problem("bf16", H=300, T=2, B=2, seed=9),
+    Problem("tf32", H=257, T=2, B=9, cluster=6, column_tiles=2, seed=10),
 ]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_parity(emulation: ModuleType, problem: Problem) -> None:
     Layer(problem).assert_parity(emulation)
+
+
+def test_same_bits_whatever_the_order(emulation: ModuleType) -> None:
+    results = [Layer(Problem("f16", T=3)).ours(emulation)]
+    for seed in range(12):
+        layer = Layer(Problem("f16", T=3))
+        layer.schedule = seed
+        results.append(layer.ours(emulation))
+    for name, first in results[0].items():
+        assert all(torch.equal(first, other[name]) for other in results), name
+
+
+FAULTS = ["wrong phase", "missing wait", "lost message", "early delivery", "no block barrier", "no cluster start"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_faults_do_not_go_unnoticed(emulation: ModuleType, direction: str, fault: str) -> None:
+    layer = Layer(Problem())
+    output, _, gates = layer.forward(emulation)
+    for seed in range(12):
+        layer.schedule = seed
+        with pytest.raises(RuntimeError):
+            if direction == "forward":
+                layer.forward(emulation, fault)
+            else:
+                layer.backward(emulation, output, gates, fault)

@@ -105,11 +105,10 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
 
   // The gradient of the pair's state: of the state that step `step` computed, without grad_output.
   float carry[2] = {0, 0};
-  const int64_t state_at = (int64_t(direction) * loop.B + b) * H;
+  const auto state_at = [&](int i) { return (int64_t(direction) * loop.B + b) * H + unit[i]; };
   if (has_pair && b < loop.B && loop.grad_h_n != nullptr)
     for (int i = 0; i < 2; ++i)
-      if (unit[i] < H)
-        carry[i] = Num::widen(load_constant(static_cast<const Stored*>(loop.grad_h_n) + state_at + unit[i]));
+      if (unit[i] < H) carry[i] = Num::widen(load_constant(static_cast<const Stored*>(loop.grad_h_n) + state_at(i)));
 
   const auto receive = [&](int exchange) {
     barrier_wait(barrier(exchange), exchange / 2 % 2);
@@ -245,7 +244,7 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
     Stored values[2];
     Num::to_stored(carry[0], carry[1], values);
     for (int i = 0; i < 2; ++i)
-      if (b < loop.B && unit[i] < H) store_global(static_cast<Stored*>(loop.grad_hx) + state_at + unit[i], values[i]);
+      if (b < loop.B && unit[i] < H) store_global(static_cast<Stored*>(loop.grad_hx) + state_at(i), values[i]);
   }
   sync_cluster();
 }

@@ -151,11 +151,10 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
 
   // --- The steps
 
-  // A step's projection is loaded as soon as the one before has been used, most of a step ahead; its row is known by
-  // then.
+  // A step's projection is loaded at the end of the step before, and comes while h is on its way.
   Stored i_gates[3][2];
-  const auto row_of = [&](int step) { return first_row(loop.rows, time_of(min(step, steps - 1)), loop.B) + b; };
-  const auto is_active = [&](int step) { return step < steps && time_of(step) < length; };
+  const auto row_of = [&](int step) { return first_row(loop.rows, time_of(step), loop.B) + b; };
+  const auto is_active = [&](int step) { return time_of(step) < length; };
   const auto load_projection = [&](int64_t row, bool active) {
     const auto from = static_cast<const Stored*>(loop.i) + (row * D + direction) * 3 * H;
 #pragma unroll
@@ -164,8 +163,11 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
       for (int i = 0; i < 2; ++i)
         i_gates[gate][i] = active && unit[i] < H ? load_constant(from + gate * H + unit[i]) : Stored(0);
   };
-  int row = row_of(0), next_row = row_of(1);
-  load_projection(row, is_active(0));
+  int row = 0;
+  if (steps > 0) {
+    row = row_of(0);
+    load_projection(row, is_active(0));
+  }
 
   for (int step = 0; step < steps; ++step) {
     if (step > 0) {
@@ -247,8 +249,6 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
         if (active) h[i] = n[i] + z[i] * (h[i] - n[i]);
       }
 
-      load_projection(next_row, is_active(step + 1));
-
       if (step + 1 < steps) {
         // Neighbours put their pairs together to messages; each then sends it to some of the blocks.
         constexpr int GROUP = Num::PAIRS_PER_MESSAGE;
@@ -283,10 +283,11 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
           store_pair(gates + 3 * stride, stride, g_n[0], g_n[1]);
         }
       }
+      if (step + 1 < steps) {
+        row = row_of(step + 1);
+        load_projection(row, is_active(step + 1));
+      }
     }
-
-    row = next_row;
-    next_row = row_of(step + 2);
   }
 
   if (has_pair && b < loop.B) {

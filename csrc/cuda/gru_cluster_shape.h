@@ -1,9 +1,9 @@
 // How a layer is spread over the blocks of a cluster and the warps of a block, and what lies where in shared memory.
 //
 // A cluster has one copy of W_hh and runs 8 or 16 rows of the batch ("columns", see gru_operands.cuh). The tiles of 16
-// hidden units are dealt out like cards: the block of rank r has tiles r, r + cluster, ..., in all three gates. Every block
-// gets one: hearing from all others in every step is what lets a block go on. What does not fit in registers is read
-// from shared memory in each step.
+// hidden units are dealt out like cards: the block of rank r has tiles r, r + cluster, ..., in all three gates. Every
+// block gets one: hearing from all others in every step is what lets a block go on. What does not fit in registers is
+// read from shared memory in each step.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,9 @@ namespace cuda {
 
 constexpr int CLUSTER_THREADS = 384;
 constexpr int CLUSTER_WARPS = CLUSTER_THREADS / 32;
-// Blocks of left operands that a warp has in registers, 4 per thread for each 16 rows: forwards those of the three gates,
-// backwards those of BACKWARD_TILES tiles. The others are in shared memory. The more columns, the more registers hold sums.
+// Blocks of left operands that a warp has in registers, 4 per thread for each 16 rows: forwards those of the three
+// gates, backwards those of BACKWARD_TILES tiles. The others are in shared memory. The more columns, the more registers
+// hold sums.
 template <int COLUMN_TILES>
 constexpr int FORWARD_RESIDENT = COLUMN_TILES == 1 ? 8 : 6;
 template <int COLUMN_TILES>
@@ -24,6 +25,8 @@ constexpr int BACKWARD_RESIDENT = COLUMN_TILES == 1 ? 6 : 4;
 constexpr int BACKWARD_TILES = 4;
 constexpr int LEFT_BYTES = 512;
 
+// What a block may have of shared memory.
+constexpr int SHARED_BYTES = 227 * 1024;
 // Shared memory begins with two barriers; the rest follows at this offset.
 constexpr int AFTER_BARRIERS = 128;
 
@@ -76,7 +79,7 @@ struct BackwardShape {
   int warps;          // that multiply
   int operand_bytes;  // gate gradients of the block's units; there are two, at AFTER_BARRIERS
   int gate_stride;
-  int sums;        // offset of the sums that blocks send, fragments [block][tile of this block][column tile]; two of them
+  int sums;  // offset of the sums that blocks send, fragments [block][tile of this block][column tile]; two of them
   int sums_bytes;  // of one
   int left;        // offset of the left operands not in registers, [block after the resident][tile][warp]
   int bytes;       // of shared memory; 0: there is no such shape
