@@ -43,7 +43,7 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
   const int rank = cluster_rank(), direction = block_index_y();
   const int b0 = block_index_x() / shape.cluster * (COLUMNS * COLUMN_TILES);
   const int H = loop.H, D = loop.D;
-  const TileRange own = tiles_of(rank, shape.tiles, shape.cluster);
+  const int own_tiles = (shape.tiles - rank + shape.cluster - 1) / shape.cluster;
   // Rows are sorted by length: the first of the cluster is the longest.
   const int steps = row_steps(loop.rows, loop.T, b0);
   const auto time_of = [&](int step) { return direction == 0 ? step : steps - 1 - step; };
@@ -52,19 +52,20 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
 
   const int slot = thread / 64, own_tile = slot / COLUMN_TILES, column_tile = slot % COLUMN_TILES;
   const int column = thread % 64 / 8, place = thread % 8, pair = Num::pair_of(place);
-  const bool has_pair = own_tile < own.count;
+  const bool has_pair = own_tile < own_tiles;
   const int b = b0 + column_tile * COLUMNS + column;
   const int length = has_pair && b < loop.B ? row_steps(loop.rows, loop.T, b) : 0;
-  const int unit[2] = {(own.first + own_tile) * TILE + pair, (own.first + own_tile) * TILE + pair + 8};
+  const int tile = rank + own_tile * shape.cluster;
+  const int unit[2] = {tile * TILE + pair, tile * TILE + pair + 8};
 
   // --- Weights of this warp
 
   const auto w_hh = static_cast<const Stored*>(loop.w_hh) + int64_t(direction) * 3 * H * H;
   const int warp_tile = warp / shape.slices, first_block = warp % shape.slices * shape.slice_blocks;
-  const int block_count = warp_tile < own.count ? min(shape.slice_blocks, shape.tiles * Num::BLOCKS - first_block) : 0;
+  const int block_count = warp_tile < own_tiles ? min(shape.slice_blocks, shape.tiles * Num::BLOCKS - first_block) : 0;
   const auto load_left = [&](uint32_t (&words)[4], int block, int gate) {
     Num::load_left(words, lane, first_block + block, [&](int row, int k) {
-      const int out = (own.first + warp_tile) * TILE + row;
+      const int out = (rank + warp_tile * shape.cluster) * TILE + row;
       return out < H && k < H ? load_constant(w_hh + int64_t(gate * H + out) * H + k) : Stored(0);
     });
   };
@@ -150,11 +151,10 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
 
   // --- The steps
 
-  // A step's projection is loaded as soon as the one before has been used, most of a step ahead; its row is known by
-  // then.
+  // A step's projection is loaded at the end of the step before, and comes while h is on its way.
   Stored i_gates[3][2];
-  const auto row_of = [&](int step) { return first_row(loop.rows, time_of(min(step, steps - 1)), loop.B) + b; };
-  const auto is_active = [&](int step) { return step < steps && time_of(step) < length; };
+  const auto row_of = [&](int step) { return first_row(loop.rows, time_of(step), loop.B) + b; };
+  const auto is_active = [&](int step) { return time_of(step) < length; };
   const auto load_projection = [&](int64_t row, bool active) {
     const auto from = static_cast<const Stored*>(loop.i) + (row * D + direction) * 3 * H;
 #pragma unroll
@@ -163,8 +163,11 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
       for (int i = 0; i < 2; ++i)
         i_gates[gate][i] = active && unit[i] < H ? load_constant(from + gate * H + unit[i]) : Stored(0);
   };
-  int row = row_of(0), next_row = row_of(1);
-  load_projection(row, is_active(0));
+  int row = 0;
+  if (steps > 0) {
+    row = row_of(0);
+    load_projection(row, is_active(0));
+  }
 
   for (int step = 0; step < steps; ++step) {
     if (step > 0) {
@@ -174,26 +177,33 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
 
     if (block_count > 0) {
       float sum[3][COLUMN_TILES][4] = {};
-      const auto multiply = [&](int block, const uint32_t (&gates)[3][4]) {
+      const auto multiply = [&](int block, auto words_of) {
+        uint32_t right[COLUMN_TILES][2];
 #pragma unroll
-        for (int of_columns = 0; of_columns < COLUMN_TILES; ++of_columns) {
-          uint32_t right[2];
+        for (int of_columns = 0; of_columns < COLUMN_TILES; ++of_columns)
           load_shared(operand(step) + operand_tile(0, of_columns) + (first_block + block) * BLOCK_BYTES + lane * 8,
-                      right);
+                      right[of_columns]);
 #pragma unroll
-          for (int gate = 0; gate < 3; ++gate) multiply_add<P>(sum[gate][of_columns], gates[gate], right);
+        for (int gate = 0; gate < 3; ++gate) {
+          uint32_t words[4];
+          words_of(gate, words);
+#pragma unroll
+          for (int of_columns = 0; of_columns < COLUMN_TILES; ++of_columns)
+            multiply_add<P>(sum[gate][of_columns], words, right[of_columns]);
         }
       };
 #pragma unroll
       for (int block = 0; block < RESIDENT; ++block)
-        if (block < block_count) multiply(block, left[block]);
-#pragma unroll 2
-      for (int block = RESIDENT; block < block_count; ++block) {
-        uint32_t gates[3][4];
+        if (block < block_count)
+          multiply(block, [&](int gate, uint32_t (&words)[4]) {
 #pragma unroll
-        for (int gate = 0; gate < 3; ++gate) load_shared(left_offset(shape.left, block - RESIDENT, gate), gates[gate]);
-        multiply(block, gates);
-      }
+            for (int w = 0; w < 4; ++w) words[w] = left[block][gate][w];
+          });
+#pragma unroll 1
+      for (int block = RESIDENT; block < block_count; ++block)
+        multiply(block, [&](int gate, uint32_t (&words)[4]) {
+          load_shared(left_offset(shape.left, block - RESIDENT, gate), words);
+        });
 #pragma unroll
       for (int gate = 0; gate < 3; ++gate)
 #pragma unroll
@@ -239,8 +249,6 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
         if (active) h[i] = n[i] + z[i] * (h[i] - n[i]);
       }
 
-      load_projection(next_row, is_active(step + 1));
-
       if (step + 1 < steps) {
         // Neighbours put their pairs together to messages; each then sends it to some of the blocks.
         constexpr int GROUP = Num::PAIRS_PER_MESSAGE;
@@ -249,7 +257,7 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           message[i] = shuffle(words[i % Num::PAIR_WORDS], lane / GROUP * GROUP + i / Num::PAIR_WORDS);
-        const uint32_t offset = operand(step + 1) + operand_tile(own.first + own_tile, column_tile) +
+        const uint32_t offset = operand(step + 1) + operand_tile(tile, column_tile) +
                                 Num::pair_offset(column, Num::pair_of(place / GROUP * GROUP));
         for (int i = lane % GROUP; i < shape.cluster; i += GROUP) {
           // Each begins with itself, so that not all send to the same block at once.
@@ -275,10 +283,11 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
           store_pair(gates + 3 * stride, stride, g_n[0], g_n[1]);
         }
       }
+      if (step + 1 < steps) {
+        row = row_of(step + 1);
+        load_projection(row, is_active(step + 1));
+      }
     }
-
-    row = next_row;
-    next_row = row_of(step + 2);
   }
 
   if (has_pair && b < loop.B) {

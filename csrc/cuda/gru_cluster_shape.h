@@ -1,8 +1,9 @@
 // How a layer is spread over the blocks of a cluster and the warps of a block, and what lies where in shared memory.
 //
-// A cluster of C blocks has one copy of W_hh and runs 8 or 16 rows of the batch ("columns", see gru_operands.cuh). The
-// tiles of 16 hidden units are dealt out to the blocks; a block has the three gates of its units. What does not fit in
-// registers is read from shared memory in each step.
+// A cluster has one copy of W_hh and runs 8 or 16 rows of the batch ("columns", see gru_operands.cuh). The tiles of 16
+// hidden units are dealt out like cards: the block of rank r has tiles r, r + cluster, ..., in all three gates. Every
+// block gets one: hearing from all others in every step is what lets a block go on. What does not fit in registers is
+// read from shared memory in each step.
 #pragma once
 
 #include <algorithm>
@@ -14,12 +15,18 @@ namespace cuda {
 
 constexpr int CLUSTER_THREADS = 384;
 constexpr int CLUSTER_WARPS = CLUSTER_THREADS / 32;
-// Left operands of 16 rows and one block that a warp has in registers, 4 per thread each; the others are in shared
-// memory. The more columns, the more registers hold sums.
+// Blocks of left operands that a warp has in registers, 4 per thread for each 16 rows: forwards those of the three
+// gates, backwards those of BACKWARD_TILES tiles. The others are in shared memory. The more columns, the more registers
+// hold sums.
 template <int COLUMN_TILES>
 constexpr int FORWARD_RESIDENT = COLUMN_TILES == 1 ? 8 : 6;
+template <int COLUMN_TILES>
+constexpr int BACKWARD_RESIDENT = COLUMN_TILES == 1 ? 6 : 4;
+constexpr int BACKWARD_TILES = 4;
 constexpr int LEFT_BYTES = 512;
 
+// What a block may have of shared memory.
+constexpr int SHARED_BYTES = 227 * 1024;
 // Shared memory begins with two barriers; the rest follows at this offset.
 constexpr int AFTER_BARRIERS = 128;
 
@@ -64,14 +71,38 @@ inline ForwardShape forward_shape(int H, Precision precision, int cluster, int c
   return s;
 }
 
-struct TileRange {
-  int first, count;
+struct BackwardShape {
+  int cluster;
+  int tiles;
+  int most;           // tiles of a block, at the most
+  int warp_tiles;     // tiles of grad_h that a warp multiplies for, at the most
+  int warps;          // that multiply
+  int operand_bytes;  // gate gradients of the block's units; there are two, at AFTER_BARRIERS
+  int gate_stride;
+  int sums;  // offset of the sums that blocks send, fragments [block][tile of this block][column tile]; two of them
+  int sums_bytes;  // of one
+  int left;        // offset of the left operands not in registers, [block after the resident][tile][warp]
+  int bytes;       // of shared memory; 0: there is no such shape
 };
 
-// Every block gets a tile: hearing from all others in every step is what lets a block go on, see gru_cluster_fwd.cuh.
-FASTGRU_DEVICE TileRange tiles_of(int rank, int tiles, int cluster) {
-  const int each = tiles / cluster, more = tiles % cluster;
-  return {rank * each + (rank < more ? rank : more), each + (rank < more)};
+inline BackwardShape backward_shape(int H, Precision precision, int cluster, int column_tiles) {
+  BackwardShape s{};
+  s.cluster = cluster;
+  s.tiles = ceil_div(H, TILE);
+  s.gate_stride = gate_stride(H);
+  s.most = ceil_div(s.tiles, cluster);
+  s.warp_tiles = ceil_div(s.tiles, CLUSTER_WARPS);
+  if (s.tiles < cluster || s.most * column_tiles * 64 > CLUSTER_THREADS || s.warp_tiles > BACKWARD_TILES) return s;
+  s.warps = ceil_div(s.tiles, s.warp_tiles);
+  const int blocks = 3 * s.most * blocks_per_tile(precision);
+  s.operand_bytes = blocks * column_tiles * BLOCK_BYTES;
+  s.sums = AFTER_BARRIERS + 2 * s.operand_bytes;
+  s.sums_bytes = cluster * s.most * column_tiles * FRAGMENT_BYTES;
+  s.left = s.sums + 2 * s.sums_bytes;
+  const int resident = std::min(blocks, column_tiles == 1 ? BACKWARD_RESIDENT<1> : BACKWARD_RESIDENT<2>);
+  const int block_bytes = s.warp_tiles * s.warps * LEFT_BYTES;
+  s.bytes = std::max(s.left + (blocks - resident) * block_bytes, resident * block_bytes);
+  return s;
 }
 
 }  // namespace cuda

@@ -25,13 +25,11 @@ def build(directory: Path = HERE / "build") -> Path:
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists() or target.stat().st_mtime <= max(p.stat().st_mtime for p in sources):
-            includes = [CSRC, HERE, pybind11.get_include(), sysconfig.get_path("include")]
+            paths = [CSRC, HERE, pybind11.get_include(), sysconfig.get_path("include")]
+            includes = [f"-I{path}" for path in paths]
             partial = target.with_suffix(".partial")
-            subprocess.run(
-                [os.environ.get("CXX", "g++"), *FLAGS, *(f"-I{path}" for path in includes)]
-                + [str(HERE / "emulation.cpp"), "-o", str(partial)],
-                check=True,
-            )
+            compiler = os.environ.get("CXX", "g++")
+            subprocess.run([compiler, *FLAGS, *includes, HERE / "emulation.cpp", "-o", partial], check=True)
             partial.replace(target)
     return target
 

@@ -13,6 +13,7 @@
 namespace fastgru {
 namespace cuda {
 
+using std::max;
 using std::min;
 
 inline emulation::Machine& machine() { return *emulation::Machine::current(); }
@@ -41,14 +42,12 @@ FASTGRU_DEVICE void store_global(T* p, T value) {
 
 template <int N>
 FASTGRU_DEVICE void load_shared(uint32_t offset, uint32_t (&words)[N]) {
-  machine().hesitate();
-  std::memcpy(words, machine().shared(offset, sizeof(words)), sizeof(words));
+  machine().load_shared(offset, words, sizeof(words));
 }
 
 template <int N>
 FASTGRU_DEVICE void store_shared(uint32_t offset, const uint32_t (&words)[N]) {
-  machine().hesitate();
-  std::memcpy(machine().shared(offset, sizeof(words)), words, sizeof(words));
+  machine().store_shared(offset, words, sizeof(words));
 }
 
 FASTGRU_DEVICE void sync_threads() { machine().sync_threads(); }

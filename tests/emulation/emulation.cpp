@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "cuda/gru_cluster_bwd.cuh"
 #include "cuda/gru_cluster_fwd.cuh"
 
 namespace py = pybind11;
@@ -98,10 +99,35 @@ void forward(const std::string& precision, int T, const Array& i, const Array& w
   });
 }
 
+void backward(const std::string& precision, int T, const Array& grad_output, const Array& grad_h_n, const Array& w_hh,
+              const py::array& previous, const Array& gates, const Array& rows, const Array& grad_gates,
+              const py::array& grad_hx, int cluster, int column_tiles, uint64_t seed, const std::string& fault) {
+  Memory memory;
+  GruBackwardLoop loop{};
+  loop.precision = precision_of(precision);
+  loop.T = T, loop.B = int(grad_hx.shape(1)), loop.H = int(grad_hx.shape(2)), loop.D = int(grad_hx.shape(0));
+  loop.N = int(previous.shape(0));
+  loop.grad_output = memory.add(grad_output), loop.grad_h_n = memory.add(grad_h_n), loop.w_hh = memory.add(w_hh);
+  loop.previous = memory.add(previous), loop.gates = memory.add(gates);
+  loop.rows = static_cast<const int32_t*>(memory.add(rows));
+  loop.grad_gates = memory.add_output(grad_gates), loop.grad_hx = memory.add_output(grad_hx);
+  const BackwardShape shape = backward_shape(loop.H, loop.precision, cluster, column_tiles);
+  const emulation::Grid grid = grid_of(loop.B, loop.D, cluster, column_tiles, shape.bytes);
+  with_constants(loop.precision, column_tiles, [&](auto p, auto tiles) {
+    emulation::Machine(grid, {seed, fault_of(fault)}, memory.regions).run([&] {
+      gru_cluster_backward_block<decltype(p)::value, decltype(tiles)::value>(loop, shape);
+    });
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_emulation, m) {
   m.def("forward", forward, py::kw_only(), py::arg("precision"), py::arg("T"), py::arg("i"), py::arg("w_hh"),
         py::arg("b_ih"), py::arg("b_hh"), py::arg("hx"), py::arg("rows"), py::arg("output"), py::arg("h_n"),
         py::arg("gates"), py::arg("cluster"), py::arg("column_tiles"), py::arg("seed"), py::arg("fault") = "none");
+  m.def("backward", backward, py::kw_only(), py::arg("precision"), py::arg("T"), py::arg("grad_output"),
+        py::arg("grad_h_n"), py::arg("w_hh"), py::arg("previous"), py::arg("gates"), py::arg("rows"),
+        py::arg("grad_gates"), py::arg("grad_hx"), py::arg("cluster"), py::arg("column_tiles"), py::arg("seed"),
+        py::arg("fault") = "none");
 }

@@ -2,14 +2,18 @@
 // lets messages between blocks take arbitrarily long. It ends with an error when nothing can go on, when memory outside
 // of the kernel's arrays is touched, when a message finds no barrier or its block gone.
 //
-// It shows what a wrong index, a wrong phase, a missing wait or a lost message does. It does not model the caches and
-// write buffers of a GPU: a store is seen by everybody at once, except for messages, whose bytes come late, in any
-// order, and whose delivery at the barrier comes later still.
+// It also ends with an error when two accesses to a word of shared memory, one of them a write, are ordered by nothing
+// but luck: every warp has a vector clock, which barriers and messages hand on, and every word remembers who touched it
+// and when. So a missing wait shows whether or not the run came to grief. Lanes of a warp count as one.
+//
+// What it does not model: caches and write buffers, so that fences are not proven; global memory, of which only bounds
+// are checked; the rounding of the GPU's own instructions.
 #pragma once
 
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -79,6 +83,13 @@ class Machine {
       for (Warp& warp : blocks_[b].warps) warp.priority = random_();
     }
     clusters_.assign(blocks / grid_.cluster, Rendezvous{});
+    // Each warp counts its own time, each barrier its phases.
+    clock_size_ = blocks * (warps + MOST_BARRIERS);
+    for (int w = 0; w < blocks * warps; ++w) {
+      clocks_.emplace_back(clock_size_, 0);
+      clocks_[w][w] = 1;
+    }
+    for (Block& block : blocks_) block.words.resize(grid_.shared_bytes / 4);
     body_ = &body;
     fibers_.resize(size_t(blocks) * grid_.threads);
     const Stacks stacks(fibers_.size() * STACK);
@@ -116,7 +127,25 @@ class Machine {
     fail(write ? "a write outside of the outputs" : "a read outside of the arrays");
   }
 
-  unsigned char* shared(uint32_t offset, size_t bytes) { return shared_of(block(), offset, bytes); }
+  void load_shared(uint32_t offset, void* to, size_t bytes) {
+    hesitate();
+    std::memcpy(to, shared_of(block(), offset, bytes), bytes);
+    for (uint32_t at = offset / 4; at < (offset + bytes) / 4; ++at) {
+      Word& word = blocks_[block()].words[at];
+      if (word.writer >= 0 && word.written > clock()[word.writer]) fail("reads a word whose write it need not see");
+      bool known = false;
+      for (auto& [reader, time] : word.reads)
+        if (reader == warp()) time = clock()[warp()], known = true;
+      if (!known) word.reads.emplace_back(warp(), clock()[warp()]);
+    }
+  }
+
+  void store_shared(uint32_t offset, const void* from, size_t bytes) {
+    hesitate();
+    std::memcpy(shared_of(block(), offset, bytes), from, bytes);
+    const std::string race = written(block(), offset, bytes, clock(), warp(), clock()[warp()]);
+    if (!race.empty()) fail(race);
+  }
 
   // Lets others go first, now and then.
   void hesitate() {
@@ -136,8 +165,14 @@ class Machine {
   void sync_grid() { meet(all_, int(fibers_.size()), "the blocks of the grid"); }
 
   void barrier_init(uint32_t offset, uint32_t arrivals) {
-    shared(offset, 8);
-    if (!blocks_[block()].barriers.emplace(offset, Barrier{arrivals, arrivals}).second) fail("barrier made twice");
+    shared_of(block(), offset, 8);
+    auto& barriers = blocks_[block()].barriers;
+    const int component = int(clocks_.size()) + block() * MOST_BARRIERS + int(barriers.size());
+    if (barriers.size() == MOST_BARRIERS) fail("more barriers than the machine has");
+    Barrier barrier{component, arrivals, arrivals};
+    barrier.next.assign(clock_size_, 0);
+    barrier.released.assign(clock_size_, 0);
+    if (!barriers.emplace(offset, std::move(barrier)).second) fail("barrier made twice");
   }
 
   void barrier_arrive_and_expect(uint32_t offset, uint32_t bytes) {
@@ -146,6 +181,7 @@ class Machine {
     if (barrier.pending == 0) fail("more arrivals at a barrier than it was made for");
     barrier.bytes += bytes;
     --barrier.pending;
+    hand_on(barrier.next);
     end_phase(barrier);
   }
 
@@ -157,16 +193,18 @@ class Machine {
     }
     // Looked at again when the thread's turn comes: by then a phase more may have passed, as on the GPU.
     for (Barrier* b; (b = &barrier_at(block(), offset))->phase % 2 == parity;) wait(b->waiting, "a message");
+    join(clock(), barrier_at(block(), offset).released);
   }
 
   void send(int peer, uint32_t offset, const uint32_t (&words)[4], uint32_t barrier) {
     if (peer < 0 || peer >= grid_.cluster) fail("a message to a block that is not in the cluster");
     const int target = block() / grid_.cluster * grid_.cluster + peer;
     shared_of(target, offset, 16);
-    Message message{target, offset, barrier, {}, false};
+    Message message{target, offset, barrier, {}, false, Clock(clock_size_)};
     std::memcpy(message.bytes, words, 16);
+    hand_on(message.clock);
     if (options_.fault == Fault::lost_message && block() == victim_ && --lost_ == 0) return;
-    messages_.push_back(message);
+    messages_.push_back(std::move(message));
     hesitate();
   }
 
@@ -200,6 +238,7 @@ class Machine {
  private:
   static constexpr size_t STACK = 64 * 1024;
   static constexpr size_t MAX_VALUE = 64;
+  static constexpr int MOST_BARRIERS = 4;  // of a block
 
   // Virtual memory: what a fiber does not touch costs nothing.
   struct Stacks {
@@ -230,17 +269,30 @@ class Machine {
   struct Rendezvous {
     int arrived = 0;
     std::vector<int> waiting;
+    std::vector<int> warps;
   };
 
+  using Clock = std::vector<uint32_t>;
+
   struct Barrier {
+    int component;  // of the clocks, that counts its phases
     uint32_t arrivals, pending;
     int64_t bytes = 0;  // still to come; negative while more has come than is expected yet
-    uint64_t phase = 0;
+    uint32_t phase = 0;
     std::vector<int> waiting;
+    Clock next, released;  // what one knows who has waited for the current phase, for the last one
+  };
+
+  // Who touched four bytes of shared memory, and when by its own clock.
+  struct Word {
+    int writer = -1;
+    uint32_t written = 0;
+    std::vector<std::pair<int, uint32_t>> reads;  // since
   };
 
   struct Block {
     std::vector<unsigned char> shared;
+    std::vector<Word> words;
     std::vector<Warp> warps;
     std::map<uint32_t, Barrier> barriers;
     Rendezvous rendezvous;
@@ -252,6 +304,7 @@ class Machine {
     uint32_t offset, barrier;
     unsigned char bytes[16];
     bool written;
+    Clock clock;
   };
 
   static void enter() {
@@ -306,37 +359,76 @@ class Machine {
   void deliver_one() {
     const size_t at = random_() % messages_.size();
     Message& message = messages_[at];
-    Block& block = blocks_[message.block];
+    const int target = message.block;
+    Block& block = blocks_[target];
+    const auto found = block.barriers.find(message.barrier);
+    std::string what;
     if (block.finished == grid_.threads) {
-      error_ = "a message came to block " + std::to_string(message.block) + " after its end";
-      return;
-    }
-    if (!message.written) {
+      what = "after its end";
+    } else if (found == block.barriers.end()) {
+      what = "before its barrier was initialised";
+    } else if (!message.written) {
       std::memcpy(block.shared.data() + message.offset, message.bytes, 16);
       message.written = true;
-      return;
+      Barrier& barrier = found->second;
+      what = written(target, message.offset, 16, message.clock, barrier.component, barrier.phase + 1);
+    } else {
+      found->second.bytes -= 16;
+      join(found->second.next, message.clock);
+      end_phase(found->second);
+      std::swap(message, messages_.back());
+      messages_.pop_back();
     }
-    const auto found = block.barriers.find(message.barrier);
-    if (found == block.barriers.end()) {
-      error_ = "a message came to block " + std::to_string(message.block) + " before its barrier was initialised";
-      return;
+    if (!what.empty()) error_ = "a message came to block " + std::to_string(target) + " " + what;
+  }
+
+  // Notes a write by one that knows `clock`; an error in words if it need not come after all earlier accesses.
+  std::string written(int block, uint32_t offset, size_t bytes, const Clock& clock, int writer, uint32_t time) {
+    for (uint32_t at = offset / 4; at < (offset + bytes) / 4; ++at) {
+      Word& word = blocks_[block].words[at];
+      if (word.writer >= 0 && word.written > clock[word.writer])
+        return "writes a word that another write may still reach";
+      for (const auto& [reader, read] : word.reads)
+        if (read > clock[reader]) return "writes a word that may still be read";
+      word.writer = writer;
+      word.written = time;
+      word.reads.clear();
     }
-    found->second.bytes -= 16;
-    end_phase(found->second);
-    messages_[at] = messages_.back();
-    messages_.pop_back();
+    return "";
+  }
+
+  int warp() const { return running_ / 32; }
+  Clock& clock() { return clocks_[warp()]; }
+
+  static void join(Clock& to, const Clock& from) {
+    for (size_t i = 0; i < to.size(); ++i) to[i] = std::max(to[i], from[i]);
+  }
+
+  // Lets others know what this warp has done so far, but nothing that it does from now on.
+  void hand_on(Clock& to) {
+    join(to, clock());
+    ++clock()[warp()];
   }
 
   void end_phase(Barrier& barrier) {
     if (barrier.pending != 0 || barrier.bytes != 0) return;
     barrier.pending = barrier.arrivals;
-    ++barrier.phase;
+    barrier.next[barrier.component] = ++barrier.phase;
+    barrier.released = barrier.next;
     wake(barrier.waiting);
   }
 
   void meet(Rendezvous& rendezvous, int all, const char* what) {
+    if (thread() % 32 == 0) rendezvous.warps.push_back(warp());
     if (++rendezvous.arrived == all) {
       rendezvous.arrived = 0;
+      Clock everything(clock_size_);
+      for (int w : rendezvous.warps) join(everything, clocks_[w]);
+      for (int w : rendezvous.warps) {
+        clocks_[w] = everything;
+        ++clocks_[w][w];
+      }
+      rendezvous.warps.clear();
       wake(rendezvous.waiting);
     } else {
       wait(rendezvous.waiting, what);
@@ -396,6 +488,8 @@ class Machine {
   ucontext_t scheduler_;
   std::vector<Fiber> fibers_;
   std::vector<Block> blocks_;
+  std::vector<Clock> clocks_;  // of the warps
+  size_t clock_size_ = 0;
   std::vector<Rendezvous> clusters_;
   Rendezvous all_;
   std::vector<int> runnable_;
