@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "gru_grid.h"
 #include "gru_loop.h"
 #include "gru_rows.h"
 
@@ -72,15 +73,19 @@ struct Size {
 struct Loop {
   const char* name;
   const char* (*why_not)(const Size&);
-  const char* (*forward)(const GruForwardLoop&, int device, CUstream_st*);
-  const char* (*backward)(const GruBackwardLoop&, int device, CUstream_st*);
+  size_t (*workspace)(const Size&);
+  const char* (*forward)(const GruForwardLoop&, void* workspace, CUstream_st*);
+  const char* (*backward)(const GruBackwardLoop&, void* workspace, CUstream_st*);
 };
 
-// The first that takes a problem runs it.
+// The first that takes a problem runs it: blocks of a cluster hear of each other sooner than all blocks of the grid.
 constexpr Loop kLoops[] = {
     {"cluster", [](const Size& s) { return gru_cluster_why_not(s.H, s.B, s.precision, s.device); },
-     [](const GruForwardLoop& loop, int, CUstream_st* stream) { return gru_cluster_forward(loop, stream); },
-     [](const GruBackwardLoop& loop, int, CUstream_st* stream) { return gru_cluster_backward(loop, stream); }},
+     [](const Size&) { return size_t(0); },
+     [](const GruForwardLoop& loop, void*, CUstream_st* stream) { return gru_cluster_forward(loop, stream); },
+     [](const GruBackwardLoop& loop, void*, CUstream_st* stream) { return gru_cluster_backward(loop, stream); }},
+    {"grid", [](const Size& s) { return gru_grid_why_not(s.H, s.B, s.D, s.precision, s.device); },
+     [](const Size& s) { return gru_grid_workspace(s.H, s.B, s.D, s.precision); }, gru_grid_forward, gru_grid_backward},
 };
 
 // Runs the first loop that takes a problem, of those that `name` admits; empty, it admits all. Returns "", or why not.
@@ -98,6 +103,16 @@ std::string first_that_runs(const Size& size, const std::string& name, Run run) 
   }
   STD_TORCH_CHECK(known, "fastgru: there is no kernel '", name, "' for the recurrence");
   return reasons;
+}
+
+// Memory of one call, from torch's allocator. It may be given back while the kernel is still to run: whoever gets it
+// next uses it on the same stream.
+Tensor scratch(size_t bytes, int device) {
+  const int64_t size = int64_t(bytes), stride = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
+                                                  aoti_torch_device_type_cuda(), device, &handle));
+  return Tensor(handle);
 }
 
 int small(int64_t size) {
@@ -174,8 +189,10 @@ std::string loop_forward(const Tensor& projected, const Tensor& w_hh, const Opti
   f.gates = gates ? result(*gates, "gates", hx, {D, N, 4 * gate_stride(f.H)}) : nullptr;
   const DeviceGuard guard(device);
   CUstream_st* stream = current_stream(device);
-  return first_that_runs({f.H, f.B, f.D, f.precision, device}, loop,
-                         [&](const Loop& kernel) { return kernel.forward(f, device, stream); });
+  const Size size{f.H, f.B, f.D, f.precision, device};
+  return first_that_runs(size, loop, [&](const Loop& kernel) {
+    return kernel.forward(f, scratch(kernel.workspace(size), device).mutable_data_ptr(), stream);
+  });
 }
 
 std::string loop_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const Tensor& w_hh,
@@ -199,8 +216,10 @@ std::string loop_backward(const OptionalTensor& grad_output, const OptionalTenso
   f.grad_hx = result(grad_hx, "grad_hx", grad_hx, {D, B, H});
   const DeviceGuard guard(device);
   CUstream_st* stream = current_stream(device);
-  return first_that_runs({f.H, f.B, f.D, f.precision, device}, loop,
-                         [&](const Loop& kernel) { return kernel.backward(f, device, stream); });
+  const Size size{f.H, f.B, f.D, f.precision, device};
+  return first_that_runs(size, loop, [&](const Loop& kernel) {
+    return kernel.backward(f, scratch(kernel.workspace(size), device).mutable_data_ptr(), stream);
+  });
 }
 
 std::string why_not(int64_t device, ScalarType dtype, int64_t hidden, int64_t batch, int64_t directions, bool tf32,

@@ -1,4 +1,4 @@
-"""Build the module next to this file that runs the CUDA kernels on the CPU, unless it is newer than its sources."""
+"""Build the modules that run the CUDA kernels on the CPU, unless they are newer than their sources."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ CSRC = HERE.parents[1] / "csrc"
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-shared"]
 
 
-def build(directory: Path = HERE / "build") -> Path:
-    """Compile if anything changed and return the path of the module; safe to call from several processes at once."""
+def build(name: str, directory: Path = HERE / "build") -> Path:
+    """Compile ``name``.cpp if anything changed, and return the path of the module.
+
+    Safe to call from several processes at once.
+    """
     import pybind11
 
     directory.mkdir(parents=True, exist_ok=True)
-    target = directory / f"_emulation{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target = directory / f"_{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [p for folder in (HERE, CSRC / "cuda") for p in folder.glob("*") if p.suffix in (".cpp", ".h", ".cuh")]
-    with open(directory / "lock", "w") as lock:
+    with open(directory / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists() or target.stat().st_mtime <= max(p.stat().st_mtime for p in sources):
             paths = [CSRC, HERE, pybind11.get_include(), sysconfig.get_path("include")]
             includes = [f"-I{path}" for path in paths]
             partial = target.with_suffix(".partial")
             compiler = os.environ.get("CXX", "g++")
-            subprocess.run([compiler, *FLAGS, *includes, HERE / "emulation.cpp", "-o", partial], check=True)
+            subprocess.run([compiler, *FLAGS, *includes, HERE / f"{name}.cpp", "-o", partial], check=True)
             partial.replace(target)
     return target
 
 
-def load() -> ModuleType:
-    """The module, built if need be."""
-    spec = importlib.util.spec_from_file_location("_emulation", build())
+def load(name: str = "emulation") -> ModuleType:
+    """The module made from ``name``.cpp, built if need be."""
+    spec = importlib.util.spec_from_file_location(f"_{name}", build(name))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -20,8 +20,6 @@
 namespace fastgru {
 namespace cuda {
 
-using std::max;
-
 // A fault that is put into the run on purpose. Each but the last two concerns one block, the first of the grid.
 enum class GridFault {
   none,
@@ -68,7 +66,7 @@ struct Exchange {
 
   void look(const uint32_t* at, uint32_t* words, int n) {
     // The machine cannot see that all of its threads look for what never comes.
-    if (++idle > 20'000'000) machine().fail("looked for a word that never came");
+    if (++idle > 3'000'000) machine().fail("looked for a word that never came");
     machine().hesitate();
     if (!waiting.empty() && random() % delay == 0) arrive();
     for (int i = 0; i < n; ++i) {
