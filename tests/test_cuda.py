@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastgru
 from fastgru.backends import cuda, gpu_table, registry
@@ -350,3 +352,169 @@ def test_asked_for_by_name_a_refused_launch_raises(chosen: Any, monkeypatch: pyt
     monkeypatch.setattr(cuda.operators, "kernels", Refusing())
     with pytest.raises(fastgru.BackendUnavailable, match=r"'cuda' cannot run .*: too many resources .*use_backend"):
         fastgru.GRU(5, 7, dtype=BRAIN)(torch.randn(4, 3, 5, dtype=BRAIN))
+
+
+@no_gpu
+def test_float32_without_tf32_is_refused_by_the_library_and_goes_on(
+    kernels: Any, wins: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the library says before a launch is heard at the choice of the backend."""
+    asked: list[tuple[Any, ...]] = []
+
+    def why_not(key: tuple[Any, ...]) -> str:
+        asked.append(key)
+        return "" if key[5] else "it multiplies float32 as TF32"
+
+    monkeypatch.setattr(cuda, "_why_not", why_not)
+    module, x = fastgru.GRU(5, 7), torch.randn(4, 3, 5)
+    with fastgru.use_backend("auto"):
+        with pytest.warns(RuntimeWarning, match="because cuda: it multiplies float32 as TF32"):
+            module(x)
+        assert asked[-1] == (None, torch.float32, 7, 3, 1, False, "")
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+        ran: list[bool] = []
+        monkeypatch.setattr(
+            kernels, "forward", lambda *arguments: ran.append(TorchKernels.forward(kernels, *arguments))
+        )
+        module(x)
+        assert ran and asked[-1][5]
+
+
+def raises(*_: Any) -> Any:
+    raise RuntimeError("fastgru: no code of this build runs on CUDA device 0: no kernel image is available")
+
+
+def missing() -> Any:
+    raise NotImplementedError
+
+
+REASONS = {
+    "without its CUDA part; install its wheel for your CUDA": {"versions": missing},
+    "this torch is not built for CUDA; install a build": {"torch_cuda": None},
+    "the driver runs CUDA 12.4 and this build needs 13.0; update the driver": {"versions": lambda: (13010, 12040)},
+    "torch finds no usable GPU; check the driver": {"usable": False},
+    "compute capability 7.5 and 8.0 is the oldest": {"capability": (7, 5)},
+    "no code of this build runs on CUDA device 0.*; build fastgru with TORCH_CUDA_ARCH_LIST=9.0": {"code": raises},
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_why_it_cannot_run_and_the_remedy(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = REASONS[reason]
+    monkeypatch.setattr("fastgru._lib.load_error", None)
+    monkeypatch.setattr(torch.ops.fastgru, "cuda_versions", case.get("versions", lambda: (13000, 13000)))
+    monkeypatch.setattr(torch.ops.fastgru, "cuda_code_architecture", case.get("code", lambda device: 90))
+    monkeypatch.setattr(torch.version, "cuda", case.get("torch_cuda", "13.0"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: case.get("usable", True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: case.get("capability", (9, 0)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    cuda._available.cache_clear()
+    try:
+        with pytest.raises(fastgru.BackendUnavailable, match=f"backend 'cuda' cannot run: .*{reason}"):
+            fastgru.use_backend("cuda")
+        assert re.search(rf"cuda: not used: .*{reason}", fastgru.explain("cuda", BRAIN))
+    finally:
+        cuda._available.cache_clear()
+
+
+def test_float64_is_refused(chosen: Any) -> None:
+    module = fastgru.GRU(2, 3, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(fastgru.BackendUnavailable, match=r"'cuda' cannot run .*no kernels for torch.float64"):
+        module(torch.randn(4, 1, 2, dtype=torch.float64, device=DEVICE))
+
+
+# On a GPU alone
+
+gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+
+
+@pytest.fixture(params=["cluster", "grid"])
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test with each kernel for the recurrence."""
+    monkeypatch.setattr(cuda.KERNELS, "loop", request.param)
+    return str(request.param)
+
+
+def skip_if_refused(H: int, B: int, directions: int, dtype: torch.dtype) -> None:
+    sizes = registry.Sizes(H, B, 1, directions, True, False)
+    reason = cuda._refuses(torch.device("cuda", 0), dtype, sizes)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@gpu
+@pytest.mark.parametrize("save_gates", [True, False], ids=["saved", "recomputed"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        GruProblem(T=130, B=30, I=128, H=512, dtype=BRAIN, bidirectional=True),
+        GruProblem(T=60, B=16, I=64, H=1024, dtype=HALF),
+        GruProblem(T=64, B=21, I=256, H=333, packed=True, bidirectional=True, dtype=BRAIN),
+        GruProblem(T=600, B=7, I=32, H=767, dtype=BRAIN, packed=True),
+        GruProblem(T=40, B=3, I=32, H=2048, dtype=BRAIN),
+    ],
+    ids=str,
+)
+def test_parity_of_larger_problems(chosen: Any, loop: str, problem: GruProblem, save_gates: bool) -> None:
+    skip_if_refused(problem.H, problem.B, 2 if problem.bidirectional else 1, problem.dtype)
+    assert_parity(dataclasses.replace(problem, device=DEVICE), save_gates)
+
+
+@gpu
+def test_tf32_where_torch_allows_it(loop: str) -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = True
+    try:
+        skip_if_refused(256, 16, 1, torch.float32)
+        with fastgru.use_backend("cuda"):
+            assert_parity(GruProblem(H=256, I=64, T=20, B=16, device=DEVICE))
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_captured_in_a_cuda_graph_without_a_synchronisation(chosen: Any, loop: str, packed: bool) -> None:
+    skip_if_refused(256, 4, 1, BRAIN)
+    module = fastgru.GRU(256, 256, device=DEVICE, dtype=BRAIN).requires_grad_(False)
+    x = torch.randn(6, 4, 256, device=DEVICE, dtype=BRAIN)
+    sequence: Any = pack_padded_sequence(x, [6, 5, 2, 1]) if packed else x
+    data = sequence.data if packed else x
+    want = module(sequence)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module(sequence)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = module(sequence)
+    for _ in range(3):
+        data.copy_(torch.randn_like(data))
+        graph.replay()
+        torch.cuda.synchronize()
+        want = module(sequence)
+        for a, b in zip(got, want, strict=True):
+            a, b = (t.data if packed and not isinstance(t, Tensor) else t for t in (a, b))
+            assert torch.equal(a, b)
+
+
+@gpu
+def test_what_is_too_large_is_refused_with_the_reason(chosen: Any) -> None:
+    module = fastgru.GRU(8, 4096, device=DEVICE, dtype=BRAIN)
+    with pytest.raises(fastgru.BackendUnavailable, match=r"'cuda' cannot run .*cluster kernel: .*; grid kernel: "):
+        module(torch.randn(2, 3, 8, device=DEVICE, dtype=BRAIN))
+
+
+@gpu
+def test_a_layer_on_another_device_and_stream(chosen: Any) -> None:
+    module = fastgru.GRU(256, 256, device=f"cuda:{torch.cuda.device_count() - 1}", dtype=BRAIN)
+    x = torch.randn(6, 4, 256, device=module.weight_hh_l0.device, dtype=BRAIN)
+    want = module(x)[0]
+    stream = torch.cuda.Stream(x.device)
+    stream.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(stream):
+        got = module(x)[0]
+    stream.synchronize()
+    assert torch.equal(got, want)

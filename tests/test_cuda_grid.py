@@ -13,6 +13,9 @@ import pytest
 import test_cuda_emulation
 import torch
 from emulation.build import load
+from test_cuda_emulation import DTYPES, raw
+
+from fastgru.backends.reference import gate_stride
 
 
 @pytest.fixture(scope="session")
@@ -102,3 +105,46 @@ def test_faults_do_not_go_unnoticed(emulation: ModuleType, direction: str, fault
         return not all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
 
     assert any(noticed(seed) for seed in range(12))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_shared_memory(emulation: ModuleType, direction: str) -> None:
+    """Of a multiprocessor of compute capability 9.0, and of 8.0 with as many hidden units as an A100 has room for; 0
+    where a layer is too large for any."""
+    for precision, largest in (("bf16", 2048), ("f16", 2048), ("tf32", 1024)):
+        for columns in (1, 2):
+            assert 0 < emulation.shared_bytes(direction, precision, largest, 8 * columns, columns) <= 227 * 1024
+            assert 0 < emulation.shared_bytes(direction, precision, largest * 27 // 32, 8, columns) <= 163 * 1024
+    assert max(emulation.shared_bytes(direction, "bf16", 4096, 1, columns) for columns in (1, 2)) == 0
+
+
+# What surrounds the recurrence: all rows at once
+
+
+@pytest.mark.parametrize("H, precision", [(16, "bf16"), (6, "tf32"), (33, "f16"), (300, "bf16")])
+@pytest.mark.parametrize("lengths", [None, (4, 4, 3, 3, 3, 2, 1, 1, 1, 1)])
+def test_previous_states(emulation: ModuleType, H: int, precision: str, lengths: tuple[int, ...] | None) -> None:
+    layer = Layer(Problem(precision, H=H, T=4, B=10, D=2, lengths=lengths))
+    output = torch.randn(layer.rows, 2, H).to(layer.dtype)
+    previous = torch.full_like(output, torch.nan)
+    hx = layer.hx.to(layer.dtype)
+    emulation.previous_states(4, raw(output), raw(hx), raw(layer.table), raw(previous))
+    assert torch.equal(previous, layer.previous(output))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("H, precision", [(7, "bf16"), (600, "f16"), (33, "tf32")])
+def test_gates_made_again(emulation: ModuleType, H: int, precision: str, bias: bool) -> None:
+    dtype = DTYPES[precision]
+    i, g = (torch.randn(3, 2, 3 * H).to(dtype) for _ in range(2))
+    b_ih, b_hh = (torch.randn(2, 3 * H).to(dtype) if bias else None for _ in range(2))
+    gates = torch.full((2, 3, 4, gate_stride(H)), torch.nan, dtype=dtype)
+    emulation.gates(precision, raw(i), raw(g), raw(b_ih), raw(b_hh), raw(gates))
+    i, g = (t.double() if b is None else t.double() + b.double() for t, b in ((i, b_ih), (g, b_hh)))
+    (i_r, i_z, i_n), (g_r, g_z, g_n) = i.chunk(3, 2), g.chunk(3, 2)
+    r, z = torch.sigmoid(i_r + g_r), torch.sigmoid(i_z + g_z)
+    want = torch.stack([r, z, torch.tanh(i_n + r * g_n), g_n], 2).transpose(0, 1)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(gates[..., :H].double(), want, rtol=eps, atol=eps)
+    padding = torch.tensor([0.5, 0.5, 0.0, 0.0], dtype=dtype)[:, None]
+    assert torch.equal(gates[..., H:], padding.expand(2, 3, 4, gate_stride(H) - H))

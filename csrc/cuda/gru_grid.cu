@@ -54,7 +54,9 @@ int capacity_of(const void* kernel, int bytes, int device) {
   const auto [at, fresh] = known.insert({{kernel, bytes, device}, 0});
   if (fresh) {
     int each = 0;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess &&
+    // The most that any shape takes, because the attribute is the kernel's, not the launch's.
+    const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) == cudaSuccess &&
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, GRID_THREADS, bytes) == cudaSuccess)
       at->second = each * attribute(cudaDevAttrMultiProcessorCount, device);
     // An error that is left behind would be reported by whoever calls CUDA next.

@@ -1,4 +1,4 @@
-// The kernels of csrc/cuda/gru_grid.cuh on the CPU, for Python: arrays in, arrays filled.
+// The kernels of csrc/cuda/gru_grid.cuh and gru_rows.cuh on the CPU, for Python: arrays in, arrays filled.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/gru_grid.cuh"
+#include "cuda/gru_rows.cuh"
 
 namespace py = pybind11;
 using namespace fastgru::cuda;
@@ -133,6 +134,63 @@ void backward(const std::string& precision, int T, const Array& grad_output, con
             });
 }
 
+void run_rows(int x, int y, const Memory& memory, const std::function<void()>& body) {
+  emulation::Grid grid;
+  grid.x = x, grid.y = y, grid.threads = ROW_THREADS;
+  emulation::Machine(grid, {}, memory.regions).run(body);
+}
+
+// The word of the widest kernel that takes a row of H.
+void previous_states(int T, const py::array& output, const py::array& hx, const Array& rows,
+                     const py::array& previous) {
+  Memory memory;
+  GruRows s{T, int(hx.shape(1)), int(hx.shape(2)), int(hx.shape(0)), int(output.shape(0)), nullptr};
+  s.rows = static_cast<const int32_t*>(memory.add(rows));
+  const void* from[] = {memory.add(output), memory.add(hx)};
+  void* to = memory.add_output(previous);
+  const int row_bytes = s.H * int(hx.itemsize());
+  const auto run = [&](auto word) {
+    using Word = decltype(word);
+    run_rows(T * ((s.B + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK), s.D, memory, [&] {
+      gru_previous_states_block(s, row_bytes / int(sizeof(Word)), static_cast<const Word*>(from[0]),
+                                static_cast<const Word*>(from[1]), static_cast<Word*>(to));
+    });
+  };
+  if (row_bytes % 16 == 0)
+    run(SixteenBytes());
+  else if (row_bytes % 4 == 0)
+    run(uint32_t());
+  else
+    run(uint16_t());
+}
+
+void gates_of_rows(const std::string& precision, const py::array& i, const py::array& g, const Array& b_ih,
+                   const Array& b_hh, const py::array& gates) {
+  Memory memory;
+  const GruRows s{0, 0, int(i.shape(2)) / 3, int(i.shape(1)), int(i.shape(0)), nullptr};
+  const void* from[] = {memory.add(i), memory.add(g), memory.add(b_ih), memory.add(b_hh)};
+  void* to = memory.add_output(gates);
+  const auto run = [&](auto p) {
+    using Stored = typename Numbers<decltype(p)::value>::Stored;
+    run_rows(s.N, s.D, memory, [&] {
+      gru_gates_block<decltype(p)::value>(s, static_cast<const Stored*>(from[0]), static_cast<const Stored*>(from[1]),
+                                          static_cast<const Stored*>(from[2]), static_cast<const Stored*>(from[3]),
+                                          static_cast<Stored*>(to));
+    });
+  };
+  const Precision p = precision_of(precision);
+  if (p == Precision::bf16) run(std::integral_constant<Precision, Precision::bf16>());
+  if (p == Precision::f16) run(std::integral_constant<Precision, Precision::f16>());
+  if (p == Precision::tf32) run(std::integral_constant<Precision, Precision::tf32>());
+}
+
+int shared_bytes(const std::string& direction, const std::string& precision, int H, int B, int column_tiles) {
+  const Precision p = precision_of(precision);
+  if (direction == "forward")
+    return column_tiles == 1 ? grid_shape<3, 1>(H, B, p).bytes : grid_shape<3, 2>(H, B, p).bytes;
+  return column_tiles == 1 ? grid_shape<1, 1>(H, B, p).bytes : grid_shape<1, 2>(H, B, p).bytes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_grid_emulation, m) {
@@ -140,6 +198,9 @@ PYBIND11_MODULE(_grid_emulation, m) {
         py::arg("b_ih"), py::arg("b_hh"), py::arg("hx"), py::arg("rows"), py::arg("output"), py::arg("h_n"),
         py::arg("gates"), py::arg("column_tiles"), py::arg("each_direction"), py::arg("seed"),
         py::arg("fault") = "none");
+  m.def("shared_bytes", shared_bytes);
+  m.def("previous_states", previous_states);
+  m.def("gates", gates_of_rows);
   m.def("backward", backward, py::kw_only(), py::arg("precision"), py::arg("T"), py::arg("grad_output"),
         py::arg("grad_h_n"), py::arg("w_hh"), py::arg("previous"), py::arg("gates"), py::arg("rows"),
         py::arg("grad_gates"), py::arg("grad_hx"), py::arg("column_tiles"), py::arg("each_direction"), py::arg("seed"),
