@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -250,9 +251,34 @@ PROBLEMS = [
 ]
 
 
+# On a cluster of 16, as on a GPU.
+LARGE = [
+    Problem("bf16", H=256, B=8, cluster=16, seed=20),
+    Problem("bf16", H=512, B=9, D=2, cluster=16, seed=21),
+    Problem("f16", H=768, B=3, T=3, cluster=16, seed=22),
+    Problem("bf16", H=768, B=10, T=3, cluster=16, column_tiles=2, lengths=(3, 3, 3, 3, 3, 2, 2, 1, 1, 1), seed=23),
+    Problem("tf32", H=384, B=3, cluster=16, seed=24),
+    Problem("tf32", H=512, B=9, T=3, cluster=16, column_tiles=2, seed=25),
+    Problem("bf16", H=256, B=17, D=2, cluster=8, lengths=(4,) * 9 + (3,) * 4 + (2, 2, 1, 1), seed=26),
+]
+if os.environ.get("FASTGRU_EMULATE_LARGE") == "1":
+    PROBLEMS += LARGE
+
+
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_parity(emulation: ModuleType, problem: Problem) -> None:
     Layer(problem).assert_parity(emulation)
+
+
+@pytest.mark.parametrize("precision, largest", [("bf16", 768), ("f16", 768), ("tf32", 512)])
+def test_hidden_sizes(emulation: ModuleType, precision: str, largest: int) -> None:
+    shapes = [(cluster, tiles) for cluster in (16, 8, 4) for tiles in (1, 2)]
+    for direction in ("forward", "backward"):
+        used = {
+            H: [emulation.shared_bytes(direction, precision, H, *shape) for shape in shapes] for H in range(1, 1100)
+        }
+        fits = [H for H, all_bytes in used.items() if any(0 < size <= 227 * 1024 for size in all_bytes)]
+        assert set(range(129, largest + 1)) <= set(fits), direction
 
 
 def test_same_bits_whatever_the_order(emulation: ModuleType) -> None:
@@ -265,18 +291,26 @@ def test_same_bits_whatever_the_order(emulation: ModuleType) -> None:
         assert all(torch.equal(first, other[name]) for other in results), name
 
 
-FAULTS = ["wrong phase", "missing wait", "lost message", "early delivery", "no block barrier", "no cluster start"]
+UNORDERED = "a word (whose write it need not see|that may still be read|that another write may still reach)"
+# What is wrong with one block, and how that shows.
+SIGNS = {
+    "wrong phase": f"{UNORDERED}|more arrivals at a barrier",
+    "missing wait": f"{UNORDERED}|more arrivals at a barrier",
+    "lost message": "nothing can go on: .* wait for a message",
+    "early delivery": UNORDERED,
+    "no block barrier": UNORDERED,
+    "no cluster start": f"{UNORDERED}|before its barrier was initialised",
+}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", SIGNS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_faults_do_not_go_unnoticed(emulation: ModuleType, direction: str, fault: str) -> None:
     layer = Layer(Problem())
     output, _, gates = layer.forward(emulation)
+    forward, backward = partial(layer.forward, emulation), partial(layer.backward, emulation, output, gates)
+    run = forward if direction == "forward" else backward
     for seed in range(12):
         layer.schedule = seed
-        with pytest.raises(RuntimeError):
-            if direction == "forward":
-                layer.forward(emulation, fault)
-            else:
-                layer.backward(emulation, output, gates, fault)
+        with pytest.raises(RuntimeError, match=SIGNS[fault]):
+            run(fault)

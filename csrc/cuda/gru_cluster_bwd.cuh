@@ -124,10 +124,10 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
     }
   };
 
-  // What a step needs from memory is loaded as soon as that of the step before has been used; its row is known by then.
+  // What a step needs from memory is loaded as soon as that of the step before has been used.
   Stored grad[2], previous[2], gates[4][2];
-  const auto row_of = [&](int step) { return first_row(loop.rows, time_of(min(step, steps - 1)), loop.B) + b; };
-  const auto is_active = [&](int step) { return step < steps && time_of(step) < length; };
+  const auto row_of = [&](int step) { return first_row(loop.rows, time_of(step), loop.B) + b; };
+  const auto is_active = [&](int step) { return time_of(step) < length; };
   const auto load_step = [&](int64_t row, bool active) {
     const int64_t at = (row * D + direction) * H;
     const auto from =
@@ -144,8 +144,11 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
         gates[kind][i] = there ? load_constant(from + kind * shape.gate_stride + unit[i]) : Stored(0);
     }
   };
-  int row = row_of(0), next_row = row_of(1);
-  load_step(row, is_active(0));
+  int row = 0;
+  if (steps > 0) {
+    row = row_of(0);
+    load_step(row, is_active(0));
+  }
 
   for (int step = 0; step < steps; ++step) {
     const int operand = AFTER_BARRIERS + step % 2 * shape.operand_bytes;
@@ -186,39 +189,46 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
             if (unit[i] < H) store_global(to + at + unit[i], values[i]);
         }
       }
-      load_step(next_row, is_active(step + 1));
+      if (step + 1 < steps) {
+        row = row_of(step + 1);
+        load_step(row, is_active(step + 1));
+      }
     }
     sync_threads();
 
     if (tile_count > 0) {
       float sum[BACKWARD_TILES][COLUMN_TILES][4] = {};
-      const auto multiply = [&](int block, auto words_of) {
-        uint32_t right[COLUMN_TILES][2];
+      const auto load_right = [&](int block, uint32_t (&right)[COLUMN_TILES][2]) {
 #pragma unroll
         for (int of_columns = 0; of_columns < COLUMN_TILES; ++of_columns)
           load_shared(operand + (of_columns * block_count + block) * BLOCK_BYTES + lane * 8, right[of_columns]);
+      };
+      const auto multiply = [&](int i, const uint32_t (&words)[4], const uint32_t (&right)[COLUMN_TILES][2]) {
+#pragma unroll
+        for (int of_columns = 0; of_columns < COLUMN_TILES; ++of_columns)
+          multiply_add<P>(sum[i][of_columns], words, right[of_columns]);
+      };
+      // The next operand is on its way while one is multiplied with.
+      uint32_t right[2][COLUMN_TILES][2];
+      load_right(0, right[0]);
+#pragma unroll
+      for (int block = 0; block < RESIDENT; ++block) {
+        if (block + 1 < block_count) load_right(block + 1, right[(block + 1) % 2]);
+#pragma unroll
+        for (int i = 0; i < BACKWARD_TILES; ++i)
+          if (block < block_count && i < tile_count) multiply(i, left[block][i], right[block % 2]);
+      }
+#pragma unroll 1
+      for (int block = RESIDENT; block < block_count; ++block) {
+        if (block > RESIDENT) load_right(block, right[RESIDENT % 2]);
 #pragma unroll
         for (int i = 0; i < BACKWARD_TILES; ++i) {
           if (i >= tile_count) break;
           uint32_t words[4];
-          words_of(i, words);
-#pragma unroll
-          for (int of_columns = 0; of_columns < COLUMN_TILES; ++of_columns)
-            multiply_add<P>(sum[i][of_columns], words, right[of_columns]);
-        }
-      };
-#pragma unroll
-      for (int block = 0; block < RESIDENT; ++block)
-        if (block < block_count)
-          multiply(block, [&](int i, uint32_t (&words)[4]) {
-#pragma unroll
-            for (int w = 0; w < 4; ++w) words[w] = left[block][i][w];
-          });
-#pragma unroll 1
-      for (int block = RESIDENT; block < block_count; ++block)
-        multiply(block, [&](int i, uint32_t (&words)[4]) {
           load_shared(left_offset(shape.left, block - RESIDENT, i), words);
-        });
+          multiply(i, words, right[RESIDENT % 2]);
+        }
+      }
       int peer = first_tile % shape.cluster, of_peer = first_tile / shape.cluster;
 #pragma unroll
       for (int i = 0; i < BACKWARD_TILES; ++i) {
@@ -234,9 +244,6 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
         if (++peer == shape.cluster) peer = 0, ++of_peer;
       }
     }
-
-    row = next_row;
-    next_row = row_of(step + 2);
   }
 
   if (has_pair) {

@@ -177,33 +177,37 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
 
     if (block_count > 0) {
       float sum[3][COLUMN_TILES][4] = {};
-      const auto multiply = [&](int block, auto words_of) {
-        uint32_t right[COLUMN_TILES][2];
+      const auto load_right = [&](int block, uint32_t (&right)[COLUMN_TILES][2]) {
 #pragma unroll
         for (int of_columns = 0; of_columns < COLUMN_TILES; ++of_columns)
           load_shared(operand(step) + operand_tile(0, of_columns) + (first_block + block) * BLOCK_BYTES + lane * 8,
                       right[of_columns]);
+      };
+      const auto multiply = [&](int gate, const uint32_t (&words)[4], const uint32_t (&right)[COLUMN_TILES][2]) {
+#pragma unroll
+        for (int of_columns = 0; of_columns < COLUMN_TILES; ++of_columns)
+          multiply_add<P>(sum[gate][of_columns], words, right[of_columns]);
+      };
+      // The next operand is on its way while one is multiplied with.
+      uint32_t right[2][COLUMN_TILES][2];
+      load_right(0, right[0]);
+#pragma unroll
+      for (int block = 0; block < RESIDENT; ++block) {
+        if (block + 1 < block_count) load_right(block + 1, right[(block + 1) % 2]);
+#pragma unroll
+        for (int gate = 0; gate < 3; ++gate)
+          if (block < block_count) multiply(gate, left[block][gate], right[block % 2]);
+      }
+#pragma unroll 1
+      for (int block = RESIDENT; block < block_count; ++block) {
+        if (block > RESIDENT) load_right(block, right[RESIDENT % 2]);
 #pragma unroll
         for (int gate = 0; gate < 3; ++gate) {
           uint32_t words[4];
-          words_of(gate, words);
-#pragma unroll
-          for (int of_columns = 0; of_columns < COLUMN_TILES; ++of_columns)
-            multiply_add<P>(sum[gate][of_columns], words, right[of_columns]);
-        }
-      };
-#pragma unroll
-      for (int block = 0; block < RESIDENT; ++block)
-        if (block < block_count)
-          multiply(block, [&](int gate, uint32_t (&words)[4]) {
-#pragma unroll
-            for (int w = 0; w < 4; ++w) words[w] = left[block][gate][w];
-          });
-#pragma unroll 1
-      for (int block = RESIDENT; block < block_count; ++block)
-        multiply(block, [&](int gate, uint32_t (&words)[4]) {
           load_shared(left_offset(shape.left, block - RESIDENT, gate), words);
-        });
+          multiply(gate, words, right[RESIDENT % 2]);
+        }
+      }
 #pragma unroll
       for (int gate = 0; gate < 3; ++gate)
 #pragma unroll

@@ -120,9 +120,16 @@ void backward(const std::string& precision, int T, const Array& grad_output, con
   });
 }
 
+// 0: there is no such shape.
+int shared_bytes(const std::string& direction, const std::string& precision, int H, int cluster, int column_tiles) {
+  return direction == "forward" ? forward_shape(H, precision_of(precision), cluster, column_tiles).bytes
+                                : backward_shape(H, precision_of(precision), cluster, column_tiles).bytes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_emulation, m) {
+  m.def("shared_bytes", shared_bytes);
   m.def("forward", forward, py::kw_only(), py::arg("precision"), py::arg("T"), py::arg("i"), py::arg("w_hh"),
         py::arg("b_ih"), py::arg("b_hh"), py::arg("hx"), py::arg("rows"), py::arg("output"), py::arg("h_n"),
         py::arg("gates"), py::arg("cluster"), py::arg("column_tiles"), py::arg("seed"), py::arg("fault") = "none");
