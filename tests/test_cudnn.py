@@ -87,10 +87,10 @@ SIZES = registry.Sizes(hidden=256, batch=32, steps=512, directions=1, training=T
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table in which Triton wins H = 256 and loses H = 1024."""
-    rows = [[256, 32, 512, 1, True, False, 1.0, 2.0], [1024, 32, 512, 1, True, False, 2.0, 1.0]]
+    """A table in which Triton wins H = 256 and loses H = 1024, and cuda does not take either."""
+    rows = [[256, 32, 512, 1, True, False, None, 1.0, 2.0], [1024, 32, 512, 1, True, False, None, 2.0, 1.0]]
     monkeypatch.setattr(gpu_table, "_measured", lambda: {"sm_90": {"bfloat16": rows}})
-    gpu_table.triton_wins.cache_clear()
+    gpu_table.ahead.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -112,29 +112,67 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_table_takes_the_nearest_measurement_within_reach(measured: None, change: dict[str, int], wins: bool) -> None:
-    assert gpu_table.triton_wins("sm_90", "bfloat16", SIZES._replace(**change)) is wins
+    assert gpu_table.ahead("triton", "sm_90", "bfloat16", SIZES._replace(**change)) is wins
 
 
 def test_table_without_sizes_goes_by_the_majority(measured: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not gpu_table.triton_wins("sm_90", "bfloat16", None)
+    assert not gpu_table.ahead("triton", "sm_90", "bfloat16", None)
     rows = gpu_table._measured()["sm_90"]["bfloat16"]
     monkeypatch.setattr(gpu_table, "_measured", lambda: {"sm_90": {"bfloat16": rows[:1]}})
-    gpu_table.triton_wins.cache_clear()
-    assert gpu_table.triton_wins("sm_90", "bfloat16", None)
-    assert not gpu_table.triton_wins("sm_80", "bfloat16", None)
+    gpu_table.ahead.cache_clear()
+    assert gpu_table.ahead("triton", "sm_90", "bfloat16", None)
+    assert not gpu_table.ahead("triton", "sm_80", "bfloat16", None)
 
 
 def test_table_knows_nothing_of_other_machines(measured: None) -> None:
-    assert not gpu_table.triton_wins("sm_80", "bfloat16", SIZES)
-    assert not gpu_table.triton_wins("sm_90", "float16", SIZES)
-    assert not gpu_table.triton_wins("sm_90", None, SIZES)
+    assert not gpu_table.ahead("triton", "sm_80", "bfloat16", SIZES)
+    assert not gpu_table.ahead("triton", "sm_90", "float16", SIZES)
+    assert not gpu_table.ahead("triton", "sm_90", None, SIZES)
+
+
+def test_table_ranks_three_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {16: (1.0, 2.0, 3.0), 64: (2.0, 1.0, 3.0), 256: (2.0, 3.0, 1.0), 1024: (2.0, None, 3.0)}
+    rows = [[hidden, 32, 512, 1, True, False, *row] for hidden, row in times.items()]
+    monkeypatch.setattr(gpu_table, "_measured", lambda: {"sm_90": {"bfloat16": rows}})
+    gpu_table.ahead.cache_clear()
+    ahead = [
+        [gpu_table.ahead(name, "sm_90", "bfloat16", SIZES._replace(hidden=hidden)) for name in ("cuda", "triton")]
+        for hidden in times
+    ]
+    assert ahead == [[True, True], [False, True], [False, False], [True, False]]
+    # Two cards of one architecture that do not agree.
+    rows.append([16, 32, 512, 1, True, False, 3.0, 2.0, 4.0])
+    gpu_table.ahead.cache_clear()
+    assert not gpu_table.ahead("cuda", "sm_90", "bfloat16", SIZES._replace(hidden=16))
+    assert gpu_table.ahead("triton", "sm_90", "bfloat16", SIZES._replace(hidden=16))
+
+
+def test_auto_passes_over_a_winner_that_refuses_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = registry.Backend(
+        name="best", devices=("cpu",), priority=999, available=lambda: None, supports=lambda device, dtype: None,
+        wins=lambda device, dtype, sizes: True,
+        refuses=lambda device, dtype, sizes: "H is too large" if sizes.hidden > 100 else None,
+    )  # fmt: skip
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    monkeypatch.setattr(registry, "_warned", set())
+    registry.register(best)
+    place = torch.device("cpu"), torch.float64
+    try:
+        with fastgru.use_backend("auto"):
+            assert registry.fastest(*place, SIZES._replace(hidden=1)).name == "best"
+            with pytest.warns(RuntimeWarning, match="because best: H is too large"):
+                assert registry.fastest(*place, SIZES).name != "best"
+            assert registry.fastest(*place, SIZES).name != "best"  # and says so once
+    finally:
+        monkeypatch.undo()
+        registry._chosen.clear()
 
 
 def test_shipped_table_is_sound() -> None:
     for table in gpu_table._measured.__wrapped__().values():
         for rows in table.values():
             assert rows
-            assert all(len(row) == 8 and min(row[-2:]) > 0 for row in rows)
+            assert all(len(row) == 9 and all(time is None or time > 0 for time in row[6:]) for row in rows)
 
 
 def test_precision_compares_like_with_like() -> None:

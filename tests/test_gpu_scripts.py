@@ -17,27 +17,79 @@ from fastgru.backends import gpu_table
 GPU = Path(__file__).parents[1] / "benchmarks" / "gpu"
 
 
-@pytest.fixture
-def make_table() -> Any:
-    spec = importlib.util.spec_from_file_location("make_table", GPU / "make_table.py")
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(GPU))
+    spec = importlib.util.spec_from_file_location(name, GPU / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def entry(hidden: int, triton: dict[str, Any], cudnn: float) -> dict[str, Any]:
+@pytest.fixture
+def make_table(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return script("make_table", monkeypatch)
+
+
+def entry(hidden: int, **contenders: dict[str, Any]) -> dict[str, Any]:
     sizes = {"H": hidden, "B": 8, "T": 256, "directions": 1, "training": True, "packed": False}
-    return {"precision": "float16", **sizes, "contenders": {"triton": triton, "cudnn": {"device_us": cudnn}}}
+    return {"precision": "float16", **sizes, "contenders": contenders}
 
 
-def test_the_table_keeps_the_worst_case_and_drops_refused_contenders(make_table: Any) -> None:
-    first = [entry(64, {"device_us": 1.0}, 2.0), entry(512, {"refused": "breaks the numeric rule"}, 3.0)]
-    second = [entry(64, {"device_us": 1.5}, 1.0), entry(256, {"device_us": 4.004}, 5.0)]
+def test_the_table_has_what_every_card_measured_and_who_refused(make_table: Any) -> None:
+    def took(us: float) -> dict[str, Any]:
+        return {"device_us": us}
+
+    refused = {"refused": "H is too large"}
+    first = [
+        entry(64, cuda=took(0.5), triton=took(1.0), cudnn=took(2.0)),
+        entry(512, cuda=refused, triton=refused, cudnn=took(3.0)),
+    ]
+    second = [entry(64, cuda=refused, triton=took(1.5), cudnn=took(1.0)), entry(256, triton=took(4.004), cudnn=took(5))]
     results = [{"architecture": "sm_90", "entries": entries} for entries in (first, second)]
-    want = [[64, 8, 256, 1, True, False, 1.5, 1.0], [256, 8, 256, 1, True, False, 4.0, 5.0]]
+    want = [
+        [64, 8, 256, 1, True, False, None, 1.5, 1.0],
+        [64, 8, 256, 1, True, False, 0.5, 1.0, 2.0],
+        [256, 8, 256, 1, True, False, None, 4.0, 5],
+    ]
     assert make_table.rows(results) == {"sm_90": {"float16": want}}
     assert make_table.rows(results[::-1]) == {"sm_90": {"float16": want}}
+
+
+def test_goals_name_the_worst_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = script("bench_gru", monkeypatch)
+
+    def slope(precision: str, batch: int, **us: float) -> dict[str, Any]:
+        sizes = {"H": 256, "B": batch, "T": 512, "directions": 1, "training": False, "packed": False}
+        return {"precision": precision, **sizes, "contenders": {}, "us_per_step": us}
+
+    entries = [
+        slope("bfloat16", 32, cuda=0.9, triton=3.0, **{"nn.GRU": 9.0}),
+        slope("float16", 32, cuda=0.5, **{"nn.GRU": 4.5}),
+        slope("bfloat16", 1, triton=1.5, **{"nn.GRU": 9.0}),
+    ]
+    found = {goal["goal"]: goal for goal in bench.goals(entries)}
+    first = found["us per step of forward, H=256, B<=32"]
+    assert (first["worst"], first["of"], first["met"]) == (1.5, 2, False)
+    # 4.5 / 0.9: against the best precision of nn.GRU.
+    assert found["times nn.GRU, forward"]["worst"] == pytest.approx(5.0) and found["times nn.GRU, forward"]["met"]
+    assert found["times nn.GRU, forward, packed"]["worst"] is found["times nn.GRU, forward, packed"]["met"] is None
+
+
+def test_resources_of_the_kernels_in_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = """
+Fatbin elf code:
+================
+arch = sm_90a
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _Z3fwdv:
+  REG:168 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:716 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+    kernel = {"kernel": "_Z3fwdv", "architecture": "sm_90a", "registers": 168, "spills": 16, "static_shared": 0}
+    assert script("build", monkeypatch).library_kernels(listing) == [kernel]
 
 
 def test_the_table_survives_writing(make_table: Any, tmp_path: Path) -> None:
@@ -46,7 +98,7 @@ def test_the_table_survives_writing(make_table: Any, tmp_path: Path) -> None:
     make_table.write(table, tmp_path / "same.json")
     assert (tmp_path / "same.json").read_text() == shipped
     table["measured"] = {
-        "sm_80": {"float16": [[1, 2, 3, 1, True, False, 4.5, 6.0]] * 2, "tf32": [[1] * 8]},
+        "sm_80": {"float16": [[1, 2, 3, 1, True, False, None, 4.5, 6.0]] * 2, "tf32": [[1] * 9]},
         "sm_90": {},
     }
     make_table.write(table, tmp_path / "more.json")
@@ -54,8 +106,9 @@ def test_the_table_survives_writing(make_table: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_stage_says_that_it_needs_a_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, str(GPU / "parity.py"), "--out", str(tmp_path)]
+@pytest.mark.parametrize("name", ["build", "parity", "bench_gru", "profile_gru"])
+def test_a_stage_says_that_it_needs_a_gpu(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(GPU / f"{name}.py"), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("this stage needs a GPU, and torch")

@@ -2,11 +2,13 @@
 
     python benchmarks/gpu/bench_gru.py [--out DIR] [--precisions bfloat16 ...] [--minutes M]
 
-Contenders: our Triton kernels; the same in a CUDA graph (forward only); our cudnn backend; nn.GRU itself, with its
-weights in one chunk. One layer, I = H, whole calls, input projection included. A contender's outputs are compared with
-nn.GRU in float64 before it is timed; if they break the rule of fastgru.testing it is not. The time of a step is the
-difference between 2T and T, over T. Also: the copy and matmul ceilings of the card, and the memory of a training
-step. Most wanted first: what the minutes do not suffice for is listed as left out.
+Contenders: our CUDA C++ kernels, and the grid's where the library chooses the cluster's; our Triton kernels; either in
+a CUDA graph (forward only); our cudnn backend; nn.GRU itself, with its weights in one chunk. One layer, I = H, whole
+calls, input projection included. A contender's outputs are compared with nn.GRU in float64 before it is timed; if they
+break the rule of fastgru.testing it is not. The time of a step is the difference between 2T and T, over T. Also: the
+copy and matmul ceilings of the card; the memory of a training step, and what its forward pass leaves for backward.
+Most wanted first: what the minutes do not suffice for is listed as left out. ``goals`` in the record says what was
+aimed at, and what came of it.
 """
 
 from __future__ import annotations
@@ -22,14 +24,24 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastgru
+from fastgru.backends import cuda
 
+# Name, backend, kernel of the recurrence. "cuda" is the one that the library chooses.
+CONTENDERS = (
+    ("cuda", "cuda", ""),
+    ("cuda_grid", "cuda", "grid"),
+    ("triton", "triton", ""),
+    ("cudnn", "cudnn", ""),
+)
+OURS = {"cuda", "triton"}
 STEPS = 256  # T; the other length is twice that
 SHAPES = [
     # H, B
+    (768, 16),
     *[(hidden, batch) for hidden in (256, 512, 768, 1024) for batch in (32, 1, 64)],
     *[(hidden, batch) for hidden in (64, 128, 192) for batch in (32, 1, 256)],
     *[(hidden, batch) for hidden in (256, 512, 1024) for batch in (8, 128, 256)],
-    (768, 16), (1536, 16), (2048, 16), (2048, 128),
+    (1536, 16), (2048, 16), (2048, 128),
 ]  # fmt: skip
 KINDS = [
     # training, packed, directions
@@ -48,7 +60,7 @@ class Problem:
         self, hidden: int, batch: int, steps: int, dtype: torch.dtype, training: bool, packed: bool, directions: int
     ) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.training = training
+        self.training, self.packed = training, packed
         self.exact = nn.GRU(hidden, hidden, bidirectional=directions == 2, dtype=torch.float64, device="cuda")
         x = torch.randn(steps, batch, hidden, generator=generator, dtype=torch.float64).to("cuda", dtype)
         self.theirs = nn.GRU(hidden, hidden, bidirectional=directions == 2, dtype=dtype, device="cuda")
@@ -101,21 +113,100 @@ def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
+def held_bytes(problem: Problem, module: Any) -> int:
+    """What a forward pass leaves allocated for backward, its results not counted."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    results = module(problem.input)
+    output = results[0].data if isinstance(results[0], PackedSequence) else results[0]
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated() - before
+    return held - sum(t.numel() * t.element_size() for t in (output, results[1]))
+
+
+def contend(problem: Problem, module: Any) -> dict[str, Any]:
+    call = problem.call(module)
+    found = {**device_time(call), "peak_bytes": peak_bytes(call)}
+    return found | ({"held_bytes": held_bytes(problem, module)} if problem.training else {})
+
+
 def measure(problem: Problem) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    for backend in ("triton", "cudnn"):
-        with fastgru.use_backend(backend):
-            error = problem.error()
-            if not error <= problem.limit:
-                result[backend] = {"error": error, "limit": problem.limit, "refused": "breaks the numeric rule"}
-                continue
-            call = problem.call(problem.ours)
-            result[backend] = {"error": error, **device_time(call), "peak_bytes": peak_bytes(call)}
-            if backend == "triton" and not problem.training and isinstance(problem.input, Tensor):
-                result["triton_graph"] = device_time(graphed(call))
-    call = problem.call(problem.theirs)
-    result["nn.GRU"] = {**device_time(call), "peak_bytes": peak_bytes(call)}
+    for name, backend, loop in CONTENDERS:
+        if loop and "refused" in result["cuda"]:
+            continue
+        cuda.KERNELS.loop = loop
+        try:
+            with fastgru.use_backend(backend):
+                error = problem.error()
+                if not error <= problem.limit:
+                    result[name] = {"error": error, "limit": problem.limit, "refused": "breaks the numeric rule"}
+                    continue
+                result[name] = {"error": error, **contend(problem, problem.ours)}
+                # A packed batch brings Triton a copy from the host, which no graph may hold.
+                if not problem.training and (backend == "cuda" or (backend == "triton" and not problem.packed)):
+                    result[f"{name}_graph"] = device_time(graphed(problem.call(problem.ours)))
+        except fastgru.BackendUnavailable as refused:
+            result[name] = {"refused": str(refused)}
+        finally:
+            cuda.KERNELS.loop = ""
+    result["nn.GRU"] = contend(problem, problem.theirs)
     return result
+
+
+def goals(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was aimed at, of bfloat16 against the best precision of nn.GRU, and the worst that was measured; None where
+    nothing was."""
+    slopes = {
+        (e["H"], e["B"], e["directions"], e["training"], e["packed"], e["precision"]): e["us_per_step"]
+        for e in entries
+        if "us_per_step" in e
+    }
+    held = [
+        e["contenders"]["cuda"]["held_bytes"] / e["contenders"]["nn.GRU"]["held_bytes"]
+        for e in entries
+        if e["training"] and "held_bytes" in e["contenders"].get("cuda", {})
+    ]
+
+    def ours(key: tuple[Any, ...]) -> list[float]:
+        found = slopes.get((*key, "bfloat16"), {})
+        return [min(found[name] for name in ("cuda", "triton") if name in found)] if found.keys() & OURS else []
+
+    def ratios(training: bool, packed: bool, wanted: Callable[[int, int], bool]) -> list[float]:
+        found = []
+        for hidden, batch, *kind in {key[:5] for key in slopes}:
+            if kind == [1, training, packed] and wanted(hidden, batch):
+                key = (hidden, batch, *kind)
+                theirs = [
+                    slopes[(*key, p)]["nn.GRU"] for p in stage.PRECISIONS if "nn.GRU" in slopes.get((*key, p), {})
+                ]
+                found += [min(theirs) / mine for mine in ours(key) if theirs]
+        return found
+
+    small = [(hidden, batch) for hidden, batch in SHAPES if batch <= 32]
+    made: list[dict[str, Any]] = []
+
+    def add(goal: str, limit: float, values: list[float], at_most: bool) -> None:
+        worst = (max if at_most else min)(values, default=None)
+        met = None if worst is None else worst <= limit if at_most else worst >= limit
+        made.append({"goal": goal, "limit": limit, "worst": worst, "of": len(values), "met": met})
+
+    for hidden, limit in ((256, 1.0), (512, 1.5), (768, 2.0), (1024, 2.5)):
+        times = [t for h, b in small if h == hidden for t in ours((h, b, 1, False, False))]
+        add(f"us per step of forward, H={hidden}, B<=32", limit, times, at_most=True)
+
+    def in_range(hidden: int, batch: int) -> bool:
+        return 256 <= hidden <= 1024 and batch <= 64
+
+    add("times nn.GRU, forward", 4, ratios(False, False, in_range), at_most=False)
+    add("times nn.GRU, forward and backward", 3, ratios(True, False, in_range), at_most=False)
+    add("times nn.GRU, forward, H<=192", 1.3, ratios(False, False, lambda hidden, batch: hidden <= 192), at_most=False)
+    add("times nn.GRU, forward, packed", 4, ratios(False, True, in_range), at_most=False)
+    for peer, published in (("FlashRNN's LSTM", 4.8), ("cuDNN's persistent LSTM", 1.96)):
+        goal = f"us per step of forward, H=768, B=16, of {peer} as published"
+        add(goal, published, ours((768, 16, 1, False, False)), at_most=True)
+    add("held for backward, of nn.GRU's", 0.8, held, at_most=True)
+    return made
 
 
 def main() -> None:
@@ -146,7 +237,7 @@ def main() -> None:
                     if "device_us" in long[name] and "device_us" in short.get(name, {})
                 }
                 record.content["entries"][-1]["us_per_step"] = slopes
-                record.set()
+                record.set(goals=goals(record.content["entries"]))
     record.set(finished=True)
     print(f"{len(record.content['left_out'])} left out; written to {record.path}")
 

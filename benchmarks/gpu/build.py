@@ -2,18 +2,51 @@
 
     python benchmarks/gpu/build.py [--out DIR]
 
-One entry per kernel variant: registers per thread, bytes spilled, shared memory, and the time of the first call.
+One entry per kernel variant: registers per thread, bytes spilled, shared memory, and, of Triton's, the time of the
+first call. What is compiled ahead of time, in CUDA C++, is read from the library with cuobjdump.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import shutil
+import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import stage
 import torch
 
 import fastgru
+from fastgru import _lib
+
+
+def cuobjdump() -> str | None:
+    """The toolkit's, or the one that Triton brings."""
+    found = shutil.which("cuobjdump")
+    if found is None and (spec := importlib.util.find_spec("triton")) is not None and spec.origin is not None:
+        brought = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(brought) if brought.exists() else None
+    return found
+
+
+def library_kernels(listing: str) -> list[dict[str, Any]]:
+    """What ``cuobjdump -res-usage`` lists, one entry per kernel and architecture."""
+    found, arch = [], ""
+    for line in listing.splitlines():
+        if target := re.match(r"arch = (\w+)", line):
+            arch = target[1]
+        elif name := re.match(r"\s*Function (\S+?):?$", line):
+            found.append({"kernel": name[1], "architecture": arch})
+        elif found and (numbers := dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line))):
+            found[-1] |= {
+                "registers": int(numbers["REG"]),
+                "spills": int(numbers["STACK"]) + int(numbers["LOCAL"]),
+                "static_shared": int(numbers["SHARED"]),
+            }
+    return found
 
 
 def variants(names: set[int]) -> list[tuple[str, Any]]:
@@ -52,6 +85,13 @@ def main() -> None:
                         registers=kernel.n_regs, spills=kernel.n_spills, shared=kernel.metadata.shared,
                         warps=kernel.metadata.num_warps,
                     )  # fmt: skip
+    tool = cuobjdump()
+    if _lib.load_error is not None or tool is None:
+        record.content["left_out"].append(f"kernels in CUDA C++: {_lib.load_error or 'there is no cuobjdump'}")
+    else:
+        command = [tool, "-res-usage", str(_lib.LIBRARY_PATH)]
+        for kernel in library_kernels(subprocess.run(command, capture_output=True, text=True, check=False).stdout):
+            record.add(**kernel)
     record.set(finished=True)
     spilled = [entry for entry in record.content["entries"] if entry["spills"]]
     print(f"{len(record.content['entries'])} kernels, {len(spilled)} of them spill; written to {record.path}")

@@ -3,8 +3,8 @@
     python benchmarks/gpu/make_table.py benchmarks/results/gpu_bench_gru.json [...]
 
 Writes fastgru/backends/gpu_table.json. An architecture in the results replaces what the table had of it; others stay.
-Where a contender was refused, or several GPUs of one architecture were measured, only what all have in common stands:
-Triton has to win on each of them.
+A backend that refused a problem, or broke the numeric rule, has null there. Where several GPUs of one architecture
+were measured each has its row: a backend has to win on all of them.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ from fastgru.backends import gpu_table
 
 
 def rows(results: list[dict[str, Any]]) -> dict[str, dict[str, list[list[Any]]]]:
-    """The table's ``measured`` from records of bench_gru.py: of equal problems the one least in Triton's favour."""
-    worst: dict[tuple[str, str], dict[tuple[Any, ...], tuple[float, float]]] = {}
+    """The table's ``measured`` from records of bench_gru.py."""
+    measured: dict[str, dict[str, list[list[Any]]]] = {}
     for result in results:
         for entry in result["entries"]:
-            times = [entry["contenders"][name].get("device_us") for name in ("triton", "cudnn")]
-            if None in times:
+            times = [entry["contenders"].get(name, {}).get("device_us") for name in gpu_table.BACKENDS]
+            if times[-1] is None or times[:-1] == [None] * (len(times) - 1):
                 continue
-            sizes = tuple(entry[name] for name in ("H", "B", "T", "directions", "training", "packed"))
-            pair = (round(times[0], 2), round(times[1], 2))
-            have = worst.setdefault((result["architecture"], entry["precision"]), {})
-            have[sizes] = max(have.get(sizes, pair), pair, key=lambda p: p[0] / p[1])
-    measured: dict[str, dict[str, list[list[Any]]]] = {}
-    for (architecture, precision), found in sorted(worst.items()):
-        measured.setdefault(architecture, {})[precision] = [[*sizes, *pair] for sizes, pair in sorted(found.items())]
-    return measured
+            sizes = [entry[name] for name in ("H", "B", "T", "directions", "training", "packed")]
+            row = [*sizes, *(None if time is None else round(time, 2) for time in times)]
+            measured.setdefault(result["architecture"], {}).setdefault(entry["precision"], []).append(row)
+    for precisions in measured.values():
+        for found in precisions.values():
+            found.sort(key=lambda row: [-1 if value is None else value for value in row])
+    return {name: dict(sorted(precisions.items())) for name, precisions in sorted(measured.items())}
 
 
 def write(table: dict[str, Any], path: Path) -> None:

@@ -4,7 +4,8 @@
 
 1. The tests of the GPU backends (pytest).
 2. The problems of tests/test_gru_parity.py, all pairs of their settings, under the rule of fastgru.testing: outputs and
-   every gradient, with the gates saved and recomputed. float32 with TF32 off everywhere, then with TF32 on everywhere.
+   every gradient, with the gates saved and recomputed, on every GPU backend, and of ``cuda`` on each of its kernels for
+   the recurrence. float32 with TF32 off everywhere, then with TF32 on everywhere. What a backend refuses is listed.
 3. memcheck and racecheck, where compute-sanitizer is installed.
 
 Ends with status 1 if anything failed.
@@ -21,28 +22,41 @@ from pathlib import Path
 from typing import Any
 
 import stage
-import torch
 
 import fastgru
+from fastgru.backends import cuda
 from fastgru.testing import GruProblem, parity
 
 SMALL = """
 import torch, fastgru
 from torch.nn.utils.rnn import pack_padded_sequence
-fastgru.use_backend("triton")
-for hidden in (20, 64, 160):
-    for dtype in (torch.bfloat16, torch.float32):
-        module = fastgru.GRU(8, hidden, bidirectional=True, device="cuda", dtype=dtype)
-        x = torch.randn(3, 5, 8, device="cuda", dtype=dtype)
-        module(x)[0].sum().backward()
-        module(pack_padded_sequence(x, [3, 1, 2, 1, 1], enforce_sorted=False))[0].data.sum().backward()
-torch.cuda.synchronize()
+torch.backends.cuda.matmul.allow_tf32 = True
+for backend, loop in (("triton", ""), ("cuda", "cluster"), ("cuda", "grid")):
+    fastgru.backends.cuda.KERNELS.loop = loop
+    ran = 0
+    for hidden in (20, 64, 160):
+        for dtype in (torch.bfloat16, torch.float32):
+            module = fastgru.GRU(8, hidden, bidirectional=True, device="cuda", dtype=dtype)
+            x = torch.randn(6, 5, 8, device="cuda", dtype=dtype)
+            try:
+                with fastgru.use_backend(backend):
+                    module(x)[0].sum().backward()
+                    module(pack_padded_sequence(x, [6, 1, 4, 1, 1], enforce_sorted=False))[0].data.sum().backward()
+                ran += 1
+            except fastgru.BackendUnavailable as error:
+                print(backend, loop, hidden, dtype, error)
+    torch.cuda.synchronize()
+    print(backend, loop, "ran", ran)
 """
+
+# Of cuda, each kernel for the recurrence; the library's own choice is one of them.
+CONTENDERS = (("triton", ""), ("cuda", "cluster"), ("cuda", "grid"), ("cudnn", ""))
 
 
 def run_tests(record: stage.Record) -> bool:
     files = [
-        str(stage.ROOT / "tests" / name) for name in ("test_triton.py", "test_triton_compiles.py", "test_cudnn.py")
+        str(stage.ROOT / "tests" / name)
+        for name in ("test_cuda.py", "test_triton.py", "test_triton_compiles.py", "test_cudnn.py")
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
     done = subprocess.run(command, cwd=stage.ROOT, capture_output=True, text=True, check=False)
@@ -70,14 +84,19 @@ def check_problems(record: stage.Record) -> bool:
         for precision in ["float32", "tf32"] if name == "float32" else [name]:
             if precision in stage.PRECISIONS:
                 stage.set_precision(precision)
-            for backend in ("triton", "cudnn"):
-                if backend == "triton" and problem.dtype == torch.float64:
-                    continue
-                what = f"{backend} {precision} {problem}"
+            for backend, loop in CONTENDERS:
+                what = " ".join(filter(None, (backend, loop, precision, str(problem))))
                 if record.late(what):
                     continue
-                with fastgru.use_backend(backend):
-                    found = [c for save_gates in (True, False) for c in parity(problem, save_gates)]
+                cuda.KERNELS.loop = loop
+                try:
+                    with fastgru.use_backend(backend):
+                        found = [c for save_gates in (True, False) for c in parity(problem, save_gates)]
+                except fastgru.BackendUnavailable as error:
+                    record.add(check=what, refused=str(error))
+                    continue
+                finally:
+                    cuda.KERNELS.loop = ""
                 broken = [str(c) for c in found if not c.ok]
                 fine &= not broken
                 record.add(check=what, ok=not broken, failed=broken)

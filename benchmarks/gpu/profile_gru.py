@@ -25,8 +25,11 @@ def main() -> None:
     for precision in ("bfloat16", "tf32"):
         dtype = stage.set_precision(precision)
         for hidden, batch in PROBLEMS:
-            for backend in ("triton", "cudnn"):
+            for backend in ("cuda", "triton", "cudnn"):
                 if record.late(f"{backend} {precision} H={hidden} B={batch}"):
+                    continue
+                if reason := stage.why_not(backend, dtype, hidden, batch):
+                    record.add(backend=backend, precision=precision, H=hidden, B=batch, refused=reason)
                     continue
                 with fastgru.use_backend(backend):
                     module = fastgru.GRU(hidden, hidden, device="cuda", dtype=dtype)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastgru.backends import registry
 from fastgru.cli import _machine
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +40,16 @@ def require_gpu() -> None:
             f"this stage needs a GPU, and torch {torch.__version__} finds none; check the driver, "
             "CUDA_VISIBLE_DEVICES, and that torch is built for the GPU"
         )
+
+
+def why_not(backend: str, dtype: torch.dtype, hidden: int, batch: int, directions: int = 1) -> str | None:
+    """None when a backend takes a problem, else the reason."""
+    found = next(b for b in registry.backends() if b.name == backend)
+    sizes = registry.Sizes(hidden, batch, 1, directions, True, False)
+    reason = found.why_not("cuda", dtype)
+    if reason is None and found.refuses is not None:
+        reason = found.refuses(torch.device("cuda", torch.cuda.current_device()), dtype, sizes)
+    return reason
 
 
 def set_precision(name: str) -> torch.dtype:

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "device.h"
+#include "gru_op.h"
 
 namespace fastgru {
 namespace {
@@ -25,4 +26,13 @@ int64_t cuda_code_architecture(int64_t device) {
 STABLE_TORCH_LIBRARY_IMPL(fastgru, CompositeExplicitAutograd, m) {
   m.impl("cuda_versions", TORCH_BOX(&fastgru::cuda_versions));
   m.impl("cuda_code_architecture", TORCH_BOX(&fastgru::cuda_code_architecture));
+  m.impl("cuda_gru_why_not", TORCH_BOX(&fastgru::cuda::why_not));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgru, CUDA, m) {
+  m.impl("cuda_upload", TORCH_BOX(&fastgru::cuda::upload_table));
+  m.impl("cuda_gru_loop_forward", TORCH_BOX(&fastgru::cuda::loop_forward));
+  m.impl("cuda_gru_loop_backward", TORCH_BOX(&fastgru::cuda::loop_backward));
+  m.impl("cuda_gru_previous_states", TORCH_BOX(&fastgru::cuda::previous_states));
+  m.impl("cuda_gru_gates", TORCH_BOX(&fastgru::cuda::gates));
 }

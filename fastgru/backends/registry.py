@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple
@@ -41,6 +41,7 @@ class Backend:
         supports: None, or why it does not take tensors of this device type and dtype.
         wins: where it is not always faster than those of lower priority: whether it is, for a problem of these sizes,
             or by and large.
+        refuses: where it does not take all sizes: None, or why it does not take these.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Backend:
     available: Callable[[], str | None]
     supports: Callable[[str, torch.dtype], str | None]
     wins: Callable[[torch.device, torch.dtype, Sizes | None], bool] | None = None
+    refuses: Callable[[torch.device, torch.dtype, Sizes], str | None] | None = None
 
     def why_not(self, device: str, dtype: torch.dtype) -> str | None:
         """None when this backend can run the problem, else the reason."""
@@ -59,7 +61,7 @@ class Backend:
 
 _backends: dict[str, Backend] = {}
 _chosen: dict[tuple[torch.device | str, torch.dtype], Backend] = {}
-_warned: set[str] = set()
+_warned: set[tuple[str, torch.dtype, str]] = set()
 # None until use_backend() is called: the environment variable decides then.
 _requested: str | None = None
 
@@ -144,17 +146,52 @@ def select(device: torch.device | str, dtype: torch.dtype) -> Backend:
 
 
 def fastest(device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> Backend:
-    """As :func:`select`, but ``auto`` passes over a backend that does not win a problem of these sizes. A compiler does
-    not know them: None."""
+    """As :func:`select`, but ``auto`` passes over a backend that does not win a problem of these sizes, or refuses it.
+    A compiler does not know them: None."""
     best = select(device, dtype)
     if requested() != AUTO:
         return best
     usable = [b for b in backends() if b.priority <= best.priority and b.why_not(device.type, dtype) is None]
-    return next((b for b in usable if b.wins is None or b.wins(device, dtype, sizes)), best)
+    refused: dict[str, str] = {}
+    for backend in usable:
+        if backend.wins is None or backend.wins(device, dtype, sizes):
+            reason = None if backend.refuses is None or sizes is None else backend.refuses(device, dtype, sizes)
+            if reason is None:
+                _say_why(backend, device, dtype, refused)
+                return backend
+            refused[backend.name] = reason
+    return best
+
+
+def fall_back(name: str, successors: Sequence[str], device: torch.device, dtype: torch.dtype, reason: str) -> Backend:
+    """The first of ``successors`` that can run a problem that backend ``name`` turned down as late as at its launch.
+
+    Raises:
+        BackendUnavailable: ``name`` was asked for.
+    """
+    if requested() == name:
+        raise BackendUnavailable(
+            f"backend {name!r} cannot run {dtype} on {device.type}: {reason}; use_backend('auto') takes the next best"
+        )
+    backend = next(b for b in map(_backends.__getitem__, successors) if b.why_not(device.type, dtype) is None)
+    _say_why(backend, device, dtype, {name: reason})
+    return backend
+
+
+def _say_why(backend: Backend, device: torch.device, dtype: torch.dtype, passed_over: Mapping[str, str | None]) -> None:
+    """Warns, once per reason, that a backend runs in the place of others."""
+    if passed_over and not torch.compiler.is_compiling():
+        listed = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+        why = f"because {listed}"
+        if (device.type, dtype, why) not in _warned:
+            _warned.add((device.type, dtype, why))
+            message = f"fastgru runs {dtype} on {device.type} with the backend {backend.name!r}, {why}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _choose(device_or_type: torch.device | str, dtype: torch.dtype) -> Backend:
-    device = torch.device(device_or_type).type
+    place = torch.device(device_or_type)
+    device = place.type
     name = requested()
     if name != AUTO:
         reason = _backends[name].why_not(device, dtype)
@@ -166,14 +203,10 @@ def _choose(device_or_type: torch.device | str, dtype: torch.dtype) -> Backend:
     if not usable:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise BackendUnavailable(f"no backend can run {dtype} on {device} ({listed})")
-    # Backends made for other devices are not a loss worth a warning; those made for this one are.
-    passed_over = [b for b in backends() if b.priority > usable[0].priority and device in b.devices]
-    if passed_over and not torch.compiler.is_compiling():
-        listed = "; ".join(f"{backend.name}: {reasons[backend.name]}" for backend in passed_over)
-        message = f"fastgru runs {dtype} on {device} with the backend {usable[0].name!r}, because {listed}"
-        if message not in _warned:
-            _warned.add(message)
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+    # Backends made for other devices, or seldom faster, are no loss worth a warning.
+    made_for_it = [b for b in backends() if b.priority > usable[0].priority and device in b.devices]
+    losses = [b.name for b in made_for_it if b.wins is None or b.wins(place, dtype, None)]
+    _say_why(usable[0], place, dtype, {name: reasons[name] for name in losses})
     return usable[0]
 
 

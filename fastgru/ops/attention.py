@@ -21,17 +21,20 @@ _warned: set[str] = set()
 
 
 def _choose(device: torch.device, dtype: torch.dtype) -> AttentionOps:
-    """The operators to call. A backend without attention, asked for by name, raises; ``auto`` says so once."""
+    """The operators to call. A backend without attention, asked for by name, raises; ``auto`` goes on to the next that
+    has it, and says so once if no kernels are left."""
     name = registry.select(device, dtype).name
     if name in ATTENTION_OPS:
         return ATTENTION_OPS[name]
     message = f"backend {name!r} has no attention; backends that have it: {', '.join(ATTENTION_OPS)}"
     if registry.requested() != registry.AUTO:
         raise registry.BackendUnavailable(message)
-    if message not in _warned and not torch.compiler.is_compiling():
+    able = (b.name for b in registry.backends() if b.name in ATTENTION_OPS and b.why_not(device.type, dtype) is None)
+    successor = next(able)
+    if successor == "reference" and message not in _warned and not torch.compiler.is_compiling():
         _warned.add(message)
         warnings.warn(f"{message}; 'reference' runs instead", RuntimeWarning, stacklevel=3)
-    return ATTENTION_OPS["reference"]
+    return ATTENTION_OPS[successor]
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -5,8 +5,8 @@ or packed [N, I] with ``batch_sizes`` (int64 on the CPU, [T], never growing); hx
 or [N, D*H]; weights as nn.GRU stores them. ``gates`` [D, N, 4*ceil16(H)], of ``cudnn`` [0], is opaque to all but the
 backend that made it.
 
-The C++ library implements the ``cpu_*`` operators; they exist, and can be traced, without it. The ``triton_*``
-operators load Triton when they are first called.
+The C++ library implements the ``cpu_*`` operators, and what the ``cuda_*`` operators launch; they exist, and can be
+traced, without it. The ``triton_*`` operators load Triton when they are first called.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgru.backends import cudnn, reference, triton
+from fastgru.backends import cuda, cudnn, reference, triton
 
 LIBRARY = torch.library.Library("fastgru", "DEF")
 
@@ -230,7 +230,7 @@ def _define(backend: str, fake_train: Callable[..., Any] = _fake_train) -> GruOp
     return ops
 
 
-GRU_OPS = {name: _define(name) for name in ("reference", "cpu", "triton")}
+GRU_OPS = {name: _define(name) for name in ("reference", "cpu", "triton", "cuda")}
 GRU_OPS["cudnn"] = _define("cudnn", _fake_train_without_gates)
 
 #: What stands for the train operator in eager mode; for all others TrainFunction.
@@ -242,10 +242,11 @@ for _name, _kernels, _key in (
         (reference.gru_differentiable, reference.gru_train, reference.gru_backward),
         "CompositeExplicitAutograd",
     ),
+    ("cuda", (cuda.gru_infer, cuda.gru_train, cuda.gru_backward), "CUDA"),
     ("cudnn", (cudnn.gru_infer, cudnn.gru_train, cudnn.gru_backward), "CompositeExplicitAutograd"),
     (
         "triton",
-        (triton.gru_infer, triton.gru_train, triton.gru_backward),
+        (triton.operators.infer, triton.operators.train, triton.operators.backward),
         "CompositeExplicitAutograd" if triton.INTERPRETED else "CUDA",
     ),
 ):
@@ -259,3 +260,20 @@ LIBRARY.define("cpu_set_poison(bool on) -> ()")
 LIBRARY.define("cpu_set_chunk_tokens(int tokens) -> ()")
 LIBRARY.define("cuda_versions() -> (int runtime, int driver)")
 LIBRARY.define("cuda_code_architecture(int device) -> int")
+# What fastgru/backends/cuda.py launches; see fastgru/backends/recurrence.py. The loops say why they do not run, or "".
+LIBRARY.define("cuda_upload(Tensor host, Tensor(a!) device) -> ()")
+LIBRARY.define(
+    "cuda_gru_loop_forward(Tensor projected, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor hx, Tensor? table, "
+    "int steps, bool tf32, str loop, Tensor(a!) output, Tensor(b!) h_n, Tensor(c!)? gates) -> str"
+)
+LIBRARY.define(
+    "cuda_gru_loop_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor w_hh, Tensor previous, Tensor gates, "
+    "Tensor? table, int steps, bool tf32, str loop, Tensor(a!) grad_gates, Tensor(b!) grad_hx) -> str"
+)
+LIBRARY.define(
+    "cuda_gru_previous_states(Tensor output, Tensor hx, Tensor? table, int steps, Tensor(a!) previous) -> ()"
+)
+LIBRARY.define("cuda_gru_gates(Tensor projected, Tensor recurrent, Tensor? b_ih, Tensor? b_hh, Tensor(a!) gates) -> ()")
+LIBRARY.define(
+    "cuda_gru_why_not(int device, ScalarType dtype, int hidden, int batch, int directions, bool tf32, str loop) -> str"
+)

@@ -1,0 +1,530 @@
+// Recurrence of one GRU layer, forwards and backwards, W_hh resident in all multiprocessors of a GPU together; the
+// equations, with i = x W_ih^T at hand and t the gradient of h':
+//
+//     g = h W_hh^T                                    d_n = t * (1 - z) * (1 - n^2)
+//     r = sigmoid(i_r + b_ir + g_r + b_hr)            d_z = t * (h - n) * z * (1 - z)
+//     z = sigmoid(i_z + b_iz + g_z + b_hz)            d_r = d_n * (g_n + b_hn) * r * (1 - r)
+//     n = tanh(i_n + b_in + r * (g_n + b_hn))         d_g = d_n * r
+//     h' = n + z * (h - n)                            t of the step before: grad_output + t * z + (d_r, d_z, d_g) W_hh
+//
+// gru_loop.h has every pointer. Saved for backward, where wanted: r, z, n, g_n + b_hn.
+//
+// Who owns what. A group of blocks, one per tile of 16 hidden units, runs 8 * COLUMN_TILES rows of the batch in one
+// direction; groups know nothing of each other. A block has its tile's part of the matrix, forwards rows of the three
+// gates, backwards columns, in registers and shared memory. Its warps share the sum over the units, in slices; one
+// thread of 64 per 8 columns then adds the slices up and computes two units of one column, a *pair* (gru_operands.cuh),
+// whose h, or gradient of h, it carries in float32.
+//
+// The exchange. What all blocks need of a step, h or (d_r, d_z, d_g) as operand of the next product, lies in one of
+// BUFFERS places in global memory. A word there is its own flag: EMPTY until its owner sets it. (No number is EMPTY: a
+// NaN is rounded to another pattern.) A warp waits for the words of its slice and takes them to registers.
+//   - A block that has all of step s knows that every other had all of step s - 1, because that is what it computed its
+//     part of s from. The words of step s - 1 are therefore set to EMPTY in step s, each by its owner, after the block
+//     barrier behind which all warps of the block have what they waited for.
+//   - They are used again in step s + 3. By then whoever looks at one has in step s + 2 seen a word of the same owner,
+//     which that had set after its fence of step s, and has come by a fence of its own since: it cannot see the word of
+//     step s - 1 any more. This is what takes four places. No fence is waited for: it stands where a block has nothing
+//     to do but to wait for the others.
+//   - The sums of the warps lie in two places: a warp that has its slice of the next step may be ahead of the threads
+//     that add up this one, by no more than the barrier of the next step.
+// So that a step pays for one block barrier and one way through the L2 cache. All blocks have to be there at once:
+// the launch is cooperative.
+#pragma once
+
+#include <algorithm>
+
+#include "grid_primitives.cuh"
+#include "gru_operands.cuh"
+
+namespace fastgru {
+namespace cuda {
+
+// Few: what a thread needs beside weights is then needed less often, and registers are what there is too little of.
+constexpr int GRID_THREADS = 256;
+constexpr int GRID_WARPS = GRID_THREADS / 32;
+constexpr int BUFFERS = 4;
+constexpr uint32_t EMPTY = 0xffffffff;
+constexpr int GRID_LEFT_BYTES = 512;  // of a left operand of 16 rows and one block
+
+// One product per step: forwards three left operands (gates) per block of the right one, backwards one, but the right
+// one is the three gates long.
+template <int LEFTS, int COLUMN_TILES>
+struct GridTuning;
+template <>
+struct GridTuning<3, 1> {
+  static constexpr int RESIDENT = 10, CHUNK = 5, MOST = 16;
+};
+template <>
+struct GridTuning<3, 2> {
+  static constexpr int RESIDENT = 8, CHUNK = 4, MOST = 16;
+};
+template <>
+struct GridTuning<1, 1> {
+  static constexpr int RESIDENT = 24, CHUNK = 8, MOST = 48;
+};
+template <>
+struct GridTuning<1, 2> {
+  static constexpr int RESIDENT = 24, CHUNK = 4, MOST = 48;
+};
+
+struct GridShape {
+  int tiles;         // of the layer: blocks of a group
+  int groups;        // of a direction
+  int blocks;        // of the right operand, for 8 columns
+  int slice_blocks;  // the most that a warp has of them
+  int gate_stride;
+  int operand_words;  // of all columns of a group
+  int bias;           // offsets in shared memory, which begins with the sums of the warps
+  int left;           // left operands not in registers: [block after the resident][left][warp]
+  int bytes;          // of shared memory; 0: there is no such shape
+};
+
+template <int LEFTS, int COLUMN_TILES>
+GridShape grid_shape(int H, int B, Precision precision) {
+  using Tuning = GridTuning<LEFTS, COLUMN_TILES>;
+  GridShape s{};
+  s.tiles = (H + TILE - 1) / TILE;
+  s.groups = (B + COLUMNS * COLUMN_TILES - 1) / (COLUMNS * COLUMN_TILES);
+  s.blocks = (LEFTS == 3 ? 1 : 3) * s.tiles * blocks_per_tile(precision);
+  s.slice_blocks = (s.blocks + GRID_WARPS - 1) / GRID_WARPS;
+  s.gate_stride = gate_stride(H);
+  s.operand_words = s.blocks * COLUMN_TILES * (BLOCK_BYTES / 4);
+  s.bias = 2 * GRID_WARPS * LEFTS * COLUMN_TILES * FRAGMENT_BYTES;
+  s.left = s.bias + 256;
+  const int block_bytes = LEFTS * GRID_WARPS * GRID_LEFT_BYTES;
+  if (s.slice_blocks <= Tuning::MOST)
+    s.bytes = std::max(s.left + std::max(0, s.slice_blocks - Tuning::RESIDENT) * block_bytes,
+                       std::min(Tuning::CHUNK, s.slice_blocks) * block_bytes);
+  return s;
+}
+
+// The part of a warp in the product of each step.
+template <Precision P, int LEFTS, int COLUMN_TILES>
+struct GridProduct {
+  using Tuning = GridTuning<LEFTS, COLUMN_TILES>;
+  // Blocks whose left operands are in registers, a multiple of those whose right operands are.
+  static constexpr int RESIDENT = Tuning::RESIDENT, CHUNK = Tuning::CHUNK;
+  static_assert(RESIDENT % CHUNK == 0);
+
+  const GridShape& shape;
+  int warp, lane, first_block, block_count;
+  uint32_t left[RESIDENT][LEFTS][4];
+
+  // load(words, block, left) gathers this lane's part of a left operand.
+  template <typename Load>
+  FASTGRU_DEVICE GridProduct(const GridShape& shape, Load load)
+      : shape(shape), warp(thread_index() / 32), lane(thread_index() % 32) {
+    first_block = warp * shape.slice_blocks;
+    block_count = max(0, min(shape.slice_blocks, shape.blocks - first_block));
+    const auto gather = [&](int at, int from, int to) {
+#pragma unroll 1
+      for (int block = from; block < min(to, block_count); ++block)
+#pragma unroll 1
+        for (int l = 0; l < LEFTS; ++l) {
+          uint32_t words[4];
+          load(words, first_block + block, l);
+          store_shared(left_offset(at, block - from, l), words);
+        }
+    };
+    // A loop can gather them from memory; registers need an unrolled one. Each lane reads what it wrote.
+#pragma unroll
+    for (int from = 0; from < RESIDENT; from += CHUNK) {
+      gather(0, from, min(from + CHUNK, RESIDENT));
+#pragma unroll
+      for (int block = from; block < from + CHUNK && block < RESIDENT; ++block)
+#pragma unroll
+        for (int l = 0; l < LEFTS; ++l)
+          if (block < block_count) load_shared(left_offset(0, block - from, l), left[block][l]);
+    }
+    sync_threads();
+    gather(shape.left, RESIDENT, block_count);
+  }
+
+  FASTGRU_DEVICE int left_offset(int at, int block, int l) const {
+    return at + ((block * LEFTS + l) * GRID_WARPS + warp) * GRID_LEFT_BYTES + lane * 16;
+  }
+
+  // Multiplies with what the exchange holds of `step`, as it comes, and leaves the sums of this warp in shared memory.
+  template <typename Exchange>
+  FASTGRU_DEVICE void multiply(int step, const Exchange& exchange) {
+    float sum[LEFTS][COLUMN_TILES][4] = {};
+    uint32_t right[CHUNK][COLUMN_TILES][2];
+    const uint32_t* from = exchange.place(step) + first_block * COLUMN_TILES * (BLOCK_BYTES / 4) + lane * 2;
+    const auto fetch = [&](int chunk, int i) {
+      if (chunk + i < block_count)
+#pragma unroll
+        for (int columns = 0; columns < COLUMN_TILES; ++columns)
+          peek(from + ((chunk + i) * COLUMN_TILES + columns) * (BLOCK_BYTES / 4), right[i][columns]);
+    };
+    const auto wait = [&](int chunk) {
+      while (true) {
+        bool all = true;
+#pragma unroll
+        for (int i = 0; i < CHUNK; ++i)
+#pragma unroll
+          for (int columns = 0; columns < COLUMN_TILES; ++columns)
+            if (chunk + i < block_count) all = all && right[i][columns][0] != EMPTY && right[i][columns][1] != EMPTY;
+        if (in_all_lanes(all)) return;
+#pragma unroll
+        for (int i = 0; i < CHUNK; ++i) fetch(chunk, i);
+      }
+    };
+    const auto multiply_block = [&](int l, int i, const uint32_t (&words)[4]) {
+#pragma unroll
+      for (int columns = 0; columns < COLUMN_TILES; ++columns)
+        multiply_add<P>(sum[l][columns], words, right[i][columns]);
+    };
+#pragma unroll
+    for (int i = 0; i < CHUNK; ++i) fetch(0, i);
+    // As soon as a block has been multiplied, the one that takes its registers is sent for.
+#pragma unroll
+    for (int chunk = 0; chunk < RESIDENT; chunk += CHUNK)
+      if (chunk < block_count) {
+        wait(chunk);
+#pragma unroll
+        for (int i = 0; i < CHUNK; ++i) {
+          if (chunk + i < block_count)
+#pragma unroll
+            for (int l = 0; l < LEFTS; ++l) multiply_block(l, i, left[chunk + i][l]);
+          fetch(chunk + CHUNK, i);
+        }
+      }
+#pragma unroll 1
+    for (int chunk = RESIDENT; chunk < block_count; chunk += CHUNK) {
+      wait(chunk);
+#pragma unroll
+      for (int i = 0; i < CHUNK; ++i) {
+        if (chunk + i < block_count)
+#pragma unroll
+          for (int l = 0; l < LEFTS; ++l) {
+            uint32_t words[4];
+            load_shared(left_offset(shape.left, chunk + i - RESIDENT, l), words);
+            multiply_block(l, i, words);
+          }
+        fetch(chunk + CHUNK, i);
+      }
+    }
+#pragma unroll
+    for (int l = 0; l < LEFTS; ++l)
+#pragma unroll
+      for (int columns = 0; columns < COLUMN_TILES; ++columns) {
+        uint32_t words[4];
+        fragment_words(sum[l][columns], words);
+        store_shared(sum_offset(step, warp, l, columns) + fragment_offset(lane), words);
+      }
+  }
+
+  static FASTGRU_DEVICE uint32_t sum_offset(int step, int warp, int l, int columns) {
+    return (((step % 2 * GRID_WARPS + warp) * LEFTS + l) * COLUMN_TILES + columns) * FRAGMENT_BYTES;
+  }
+
+  // Adds up what the warps left for a pair.
+  static FASTGRU_DEVICE void collect(int step, int column_tile, int column, int pair, float (&total)[LEFTS][2]) {
+#pragma unroll
+    for (int l = 0; l < LEFTS; ++l) total[l][0] = total[l][1] = 0;
+#pragma unroll 2
+    for (int warp = 0; warp < GRID_WARPS; ++warp)
+#pragma unroll
+      for (int l = 0; l < LEFTS; ++l) {
+        uint32_t words[2];
+        load_shared(sum_offset(step, warp, l, column_tile) + fragment_pair_offset(column, pair), words);
+        total[l][0] += float_of(words[0]);
+        total[l][1] += float_of(words[1]);
+      }
+  }
+};
+
+// The exchange of a group: BUFFERS places of shape.operand_words words.
+template <Precision P, int LEFTS, int COLUMN_TILES>
+struct GridExchange {
+  using Num = Numbers<P>;
+
+  const GridShape& shape;
+  uint32_t* words;  // of this group
+
+  FASTGRU_DEVICE uint32_t* place(int step) const { return words + int64_t(step % BUFFERS) * shape.operand_words; }
+
+  // Where `index`, a tile of h, or a tile of one of the gates, has a pair. Blocks lie one after the other, each for all
+  // columns.
+  FASTGRU_DEVICE int pair_at(int index, int column_tile, int column, int pair) const {
+    const int half = Num::BLOCKS == 2 ? pair / 4 : 0, within = Num::pair_offset(column, pair) - half * BLOCK_BYTES;
+    return (((index * Num::BLOCKS + half) * COLUMN_TILES + column_tile) * BLOCK_BYTES + within) / 4;
+  }
+
+  FASTGRU_DEVICE void set(int step, int at, float low, float high) const {
+    uint32_t pair[Num::PAIR_WORDS];
+    Num::to_operand(low, high, pair);
+    publish(place(step) + at, pair);
+  }
+
+  FASTGRU_DEVICE void clear(int step, int at) const {
+    uint32_t pair[Num::PAIR_WORDS];
+#pragma unroll
+    for (int i = 0; i < Num::PAIR_WORDS; ++i) pair[i] = EMPTY;
+    publish(place(step) + at, pair);
+  }
+};
+
+// What a thread is in its block and group.
+template <Precision P, int COLUMN_TILES>
+struct GridThread {
+  int direction, group, tile;
+  int column_tile, column, pair, unit[2];
+  int b0, b;  // batch rows: the group's first, the pair's
+  bool has_pair;
+
+  FASTGRU_DEVICE GridThread(const GridShape& shape, int first_direction) {
+    direction = first_direction + block_index_y();
+    group = block_index_x() / shape.tiles, tile = block_index_x() % shape.tiles;
+    const int thread = thread_index();
+    column_tile = thread / 64, column = thread % 64 / 8, pair = Numbers<P>::pair_of(thread % 8);
+    has_pair = column_tile < COLUMN_TILES;
+    unit[0] = tile * TILE + pair, unit[1] = unit[0] + 8;
+    b0 = group * COLUMNS * COLUMN_TILES, b = b0 + column_tile * COLUMNS + column;
+  }
+};
+
+template <Precision P>
+FASTGRU_DEVICE void store_pair(const int (&unit)[2], typename Numbers<P>::Stored* to, int end, float low, float high) {
+  typename Numbers<P>::Stored values[2];
+  Numbers<P>::to_stored(low, high, values);
+  if (unit[0] < end) store_global(to + unit[0], values[0]);
+  if (unit[1] < end) store_global(to + unit[1], values[1]);
+}
+
+// `exchange`: [D][group][BUFFERS][operand], all EMPTY.
+template <Precision P, int COLUMN_TILES>
+FASTGRU_DEVICE void gru_grid_forward_block(const GruForwardLoop& loop, const GridShape& shape, int first_direction,
+                                           uint32_t* exchange) {
+  using Num = Numbers<P>;
+  using Stored = typename Num::Stored;
+  using Product = GridProduct<P, 3, COLUMN_TILES>;
+  const int H = loop.H, D = loop.D;
+  const GridThread<P, COLUMN_TILES> own(shape, first_direction);
+  const int direction = own.direction, b = own.b;
+  const GridExchange<P, 3, COLUMN_TILES> all{
+      shape, exchange + int64_t(direction * shape.groups + own.group) * BUFFERS * shape.operand_words};
+  // Rows are sorted by length: the first of the group is the longest.
+  const int steps = row_steps(loop.rows, loop.T, own.b0);
+  const int length = own.has_pair && b < loop.B ? row_steps(loop.rows, loop.T, b) : 0;
+  const auto time_of = [&](int step) { return direction == 0 ? step : steps - 1 - step; };
+
+  const auto w_hh = static_cast<const Stored*>(loop.w_hh) + int64_t(direction) * 3 * H * H;
+  Product product(shape, [&](uint32_t (&words)[4], int block, int gate) {
+    Num::load_left(words, thread_index() % 32, block, [&](int row, int k) {
+      const int out = own.tile * TILE + row;
+      return out < H && k < H ? load_constant(w_hh + int64_t(gate * H + out) * H + k) : Stored(0);
+    });
+  });
+
+  const int at = all.pair_at(own.tile, own.column_tile, own.column, own.pair);
+  float h[2] = {0, 0};
+  if (own.has_pair) {
+    const auto hx = static_cast<const Stored*>(loop.hx) + (int64_t(direction) * loop.B + b) * H;
+    for (int i = 0; i < 2; ++i)
+      if (b < loop.B && own.unit[i] < H) h[i] = Num::widen(load_constant(hx + own.unit[i]));
+    all.set(0, at, h[0], h[1]);
+  }
+
+  // Biases of r, z, n and g_n, those of r and z summed, are kept in shared memory: registers are for weights.
+  const auto bias_offset = [&](int kind) { return shape.bias + (kind * 8 + own.pair) * 8; };
+  if (own.has_pair && own.column_tile == 0 && own.column == 0) {
+    const auto bias_of = [&](const void* biases, int gate, int unit) {
+      const auto from = static_cast<const Stored*>(biases) + (direction * 3 + gate) * H + unit;
+      return biases != nullptr && unit < H ? Num::widen(load_constant(from)) : 0.0f;
+    };
+    for (int kind = 0; kind < 4; ++kind) {
+      uint32_t words[2];
+      for (int i = 0; i < 2; ++i) {
+        const float of_i = kind < 3 ? bias_of(loop.b_ih, kind, own.unit[i]) : 0.0f;
+        const float of_g = kind != 2 ? bias_of(loop.b_hh, kind < 3 ? kind : 2, own.unit[i]) : 0.0f;
+        words[i] = bits_of(of_i + of_g);
+      }
+      store_shared(bias_offset(kind), words);
+    }
+  }
+
+  // A step's projection is loaded as soon as the one before has been used, most of a step ahead; its row is known by
+  // then.
+  Stored i_gates[3][2];
+  const auto row_of = [&](int step) { return first_row(loop.rows, time_of(min(step, steps - 1)), loop.B) + b; };
+  const auto is_active = [&](int step) { return step < steps && time_of(step) < length; };
+  const auto load_projection = [&](int64_t row, bool active) {
+    const auto from = static_cast<const Stored*>(loop.i) + (row * D + direction) * 3 * H;
+#pragma unroll
+    for (int gate = 0; gate < 3; ++gate)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        i_gates[gate][i] = active && own.unit[i] < H ? load_constant(from + gate * H + own.unit[i]) : Stored(0);
+  };
+  int row = row_of(0), next_row = row_of(1);
+  load_projection(row, is_active(0));
+
+  for (int step = 0; step < steps; ++step) {
+    product.multiply(step, all);
+    sync_threads();
+
+    float r[2], z[2], n[2], g_n[2];
+    const bool active = is_active(step);
+    if (own.has_pair) {
+      float g[3][2], bias[4][2];
+      Product::collect(step, own.column_tile, own.column, own.pair, g);
+#pragma unroll
+      for (int kind = 0; kind < 4; ++kind) {
+        uint32_t words[2];
+        load_shared(bias_offset(kind), words);
+        bias[kind][0] = float_of(words[0]), bias[kind][1] = float_of(words[1]);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        g_n[i] = g[2][i] + bias[3][i];
+        r[i] = sigmoid(Num::widen(i_gates[0][i]) + bias[0][i] + g[0][i]);
+        z[i] = sigmoid(Num::widen(i_gates[1][i]) + bias[1][i] + g[1][i]);
+        n[i] = tanh(Num::widen(i_gates[2][i]) + bias[2][i] + r[i] * g_n[i]);
+        // A row that has not begun or has ended keeps its state.
+        if (active) h[i] = n[i] + z[i] * (h[i] - n[i]);
+      }
+      if (step + 1 < steps) all.set(step + 1, at, h[0], h[1]);
+      if (step > 0 && step + 3 < steps) all.clear(step - 1, at);
+    }
+    fence_gpu();
+    if (own.has_pair) {
+      load_projection(next_row, is_active(step + 1));
+      if (active) {
+        store_pair<P>(own.unit, static_cast<Stored*>(loop.output) + (int64_t(row) * D + direction) * H, H, h[0], h[1]);
+        if (loop.gates != nullptr) {
+          const int stride = shape.gate_stride;
+          const auto gates = static_cast<Stored*>(loop.gates) + (int64_t(direction) * loop.N + row) * 4 * stride;
+          store_pair<P>(own.unit, gates, stride, r[0], r[1]);
+          store_pair<P>(own.unit, gates + stride, stride, z[0], z[1]);
+          store_pair<P>(own.unit, gates + 2 * stride, stride, n[0], n[1]);
+          store_pair<P>(own.unit, gates + 3 * stride, stride, g_n[0], g_n[1]);
+        }
+      }
+    }
+    row = next_row;
+    next_row = row_of(step + 2);
+  }
+
+  if (own.has_pair && b < loop.B)
+    store_pair<P>(own.unit, static_cast<Stored*>(loop.h_n) + (int64_t(direction) * loop.B + b) * H, H, h[0], h[1]);
+}
+
+template <Precision P, int COLUMN_TILES>
+FASTGRU_DEVICE void gru_grid_backward_block(const GruBackwardLoop& loop, const GridShape& shape, int first_direction,
+                                            uint32_t* exchange) {
+  using Num = Numbers<P>;
+  using Stored = typename Num::Stored;
+  using Product = GridProduct<P, 1, COLUMN_TILES>;
+  const int H = loop.H, D = loop.D;
+  const GridThread<P, COLUMN_TILES> own(shape, first_direction);
+  const int direction = own.direction, b = own.b;
+  const GridExchange<P, 1, COLUMN_TILES> all{
+      shape, exchange + int64_t(direction * shape.groups + own.group) * BUFFERS * shape.operand_words};
+  const int steps = row_steps(loop.rows, loop.T, own.b0);
+  const int length = own.has_pair && b < loop.B ? row_steps(loop.rows, loop.T, b) : 0;
+  const auto time_of = [&](int step) { return direction == 0 ? steps - 1 - step : step; };
+
+  // Of W_hh^T: the rows are the tile's units, the sum is over the units of the gates, one gate after the other.
+  const auto w_hh = static_cast<const Stored*>(loop.w_hh) + int64_t(direction) * 3 * H * H;
+  const int gate_blocks = shape.blocks / 3;
+  Product product(shape, [&](uint32_t (&words)[4], int block, int) {
+    Num::load_left(words, thread_index() % 32, block % gate_blocks, [&](int row, int k) {
+      const int out = own.tile * TILE + row;
+      return out < H && k < H ? load_constant(w_hh + int64_t(block / gate_blocks * H + k) * H + out) : Stored(0);
+    });
+  });
+
+  // The gradient of h, of which the product is still missing while a step is under way.
+  float carry[2] = {0, 0};
+  if (own.has_pair && b < loop.B && loop.grad_h_n != nullptr) {
+    const auto from = static_cast<const Stored*>(loop.grad_h_n) + (int64_t(direction) * loop.B + b) * H;
+    for (int i = 0; i < 2; ++i)
+      if (own.unit[i] < H) carry[i] = Num::widen(load_constant(from + own.unit[i]));
+  }
+
+  // grad_output, the state before, r, z, n, g_n of a step, loaded most of a step ahead.
+  Stored saved[6][2];
+  const auto row_of = [&](int step) { return first_row(loop.rows, time_of(min(step, steps - 1)), loop.B) + b; };
+  const auto is_active = [&](int step) { return step < steps && time_of(step) < length; };
+  const auto load_step = [&](int64_t row, bool active) {
+    const auto grad = static_cast<const Stored*>(loop.grad_output) + (row * D + direction) * H;
+    const auto previous = static_cast<const Stored*>(loop.previous) + (row * D + direction) * H;
+    const auto gates =
+        static_cast<const Stored*>(loop.gates) + (int64_t(direction) * loop.N + row) * 4 * shape.gate_stride;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool here = active && own.unit[i] < H;
+      saved[0][i] = here && loop.grad_output != nullptr ? load_constant(grad + own.unit[i]) : Stored(0);
+      saved[1][i] = here ? load_constant(previous + own.unit[i]) : Stored(0);
+#pragma unroll
+      for (int kind = 0; kind < 4; ++kind)
+        saved[2 + kind][i] = here ? load_constant(gates + kind * shape.gate_stride + own.unit[i]) : Stored(0);
+    }
+  };
+  int row = row_of(0), next_row = row_of(1);
+  load_step(row, is_active(0));
+
+  // The gradients of the gates of a step, for the others and for the products after the loop.
+  float d[4][2];
+  const auto begin_step = [&](int step) {
+    const bool active = is_active(step);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float r = Num::widen(saved[2][i]), z = Num::widen(saved[3][i]), n = Num::widen(saved[4][i]);
+      const float total = carry[i] + Num::widen(saved[0][i]);
+      const float d_n = total * (1 - z) * (1 - n * n);
+      d[0][i] = active ? d_n * Num::widen(saved[5][i]) * r * (1 - r) : 0;
+      d[1][i] = active ? total * (Num::widen(saved[1][i]) - n) * z * (1 - z) : 0;
+      d[2][i] = d_n;
+      d[3][i] = active ? d_n * r : 0;
+      if (active) carry[i] = total * z;
+    }
+#pragma unroll
+    for (int gate = 0; gate < 3; ++gate)
+      all.set(step, all.pair_at(gate * shape.tiles + own.tile, own.column_tile, own.column, own.pair),
+              d[gate == 2 ? 3 : gate][0], d[gate == 2 ? 3 : gate][1]);
+  };
+  const auto store_step = [&](bool active) {
+    if (!active) return;
+    const auto to = static_cast<Stored*>(loop.grad_gates) + int64_t(row) * 4 * D * H;
+#pragma unroll
+    for (int kind = 0; kind < 3; ++kind)
+      store_pair<P>(own.unit, to + (direction * 3 + kind) * H, H, d[kind][0], d[kind][1]);
+    store_pair<P>(own.unit, to + (3 * D + direction) * H, H, d[3][0], d[3][1]);
+  };
+  if (own.has_pair) {
+    begin_step(0);
+    load_step(next_row, is_active(1));
+    store_step(is_active(0));
+  }
+
+  for (int step = 0; step < steps; ++step) {
+    product.multiply(step, all);
+    sync_threads();
+
+    row = next_row;
+    next_row = row_of(step + 2);
+    if (own.has_pair) {
+      float through[1][2];
+      Product::collect(step, own.column_tile, own.column, own.pair, through);
+      carry[0] += through[0][0], carry[1] += through[0][1];
+      if (step + 1 < steps) begin_step(step + 1);
+      if (step > 0 && step + 3 < steps)
+        for (int gate = 0; gate < 3; ++gate)
+          all.clear(step - 1, all.pair_at(gate * shape.tiles + own.tile, own.column_tile, own.column, own.pair));
+    }
+    fence_gpu();
+    if (own.has_pair && step + 1 < steps) {
+      load_step(next_row, is_active(step + 2));
+      store_step(is_active(step + 1));
+    }
+  }
+
+  if (own.has_pair && b < loop.B)
+    store_pair<P>(own.unit, static_cast<Stored*>(loop.grad_hx) + (int64_t(direction) * loop.B + b) * H, H, carry[0],
+                  carry[1]);
+}
+
+}  // namespace cuda
+}  // namespace fastgru

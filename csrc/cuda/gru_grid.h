@@ -1,0 +1,23 @@
+// The recurrence of one GRU layer with W_hh spread over the whole GPU, one tile of 16 hidden units per multiprocessor:
+// for a large H and a small batch. No torch and no CUDA header here; gru_loop.h has the structs and the promises.
+#pragma once
+
+#include <cstddef>
+
+#include "gru_loop.h"
+
+namespace fastgru {
+namespace cuda {
+
+// Null when a layer of this size runs on `device` forwards and backwards, else the reason.
+const char* gru_grid_why_not(int H, int B, int D, Precision precision, int device);
+
+// Bytes of device memory that a call needs for itself, at a multiple of 256. What they hold does not matter: they are
+// set on the stream before the launch, so that a replayed CUDA graph finds them as the first run did.
+size_t gru_grid_workspace(int H, int B, int D, Precision precision);
+
+const char* gru_grid_forward(const GruForwardLoop& loop, void* workspace, CUstream_st* stream);
+const char* gru_grid_backward(const GruBackwardLoop& loop, void* workspace, CUstream_st* stream);
+
+}  // namespace cuda
+}  // namespace fastgru

@@ -1,0 +1,67 @@
+// The recurrence of one GRU layer on a GPU: what a backend hands to a kernel that runs all its steps in one launch. No
+// torch and no CUDA header here.
+//
+// kernels/gru_cell.py has the equations. Layouts are those of the kernels there, so that the input projection before
+// the loop and the products after it can be shared; all arrays are contiguous and lie on the current device.
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;  // a cudaStream_t points to one
+
+namespace fastgru {
+namespace cuda {
+
+// The dtype of all arrays. tf32 stands for float32 arrays, rounded to TF32 as operands of products.
+enum class Precision { bf16, f16, tf32 };
+
+struct GruForwardLoop {
+  Precision precision;
+  int T;  // steps
+  int B;  // batch
+  int H;  // hidden units
+  int D;  // directions, 1 or 2; the second runs backwards
+  int N;  // rows of all steps together: T * B, less when the input is packed
+
+  const void* i;        // [N, D, 3H] x W_ih^T without bias; r, z, n one after the other
+  const void* w_hh;     // [D, 3H, H]
+  const void* b_ih;     // [D, 3H], or null
+  const void* b_hh;     // [D, 3H], null when b_ih is
+  const void* hx;       // [D, B, H]
+  const int32_t* rows;  // packed input: [T + 1 + B] the first row of the steps 0..T, then the number of steps of each
+                        // batch row, which never grows; null: step t begins at row t * B
+
+  void* output;  // [N, D, H]
+  void* h_n;     // [D, B, H] the last state of each row
+  void* gates;   // [D, N, 4, gate_stride(H)] r, z, n, W_hn h + b_hn, padding included; null: not wanted
+};
+
+struct GruBackwardLoop {
+  Precision precision;
+  int T, B, H, D, N;  // as above
+
+  const void* grad_output;  // [N, D, H], or null for zeros
+  const void* grad_h_n;     // [D, B, H], or null for zeros
+  const void* w_hh;         // [D, 3H, H]
+  const void* previous;     // [N, D, H] the state before each row: output of the step before, or hx
+  const void* gates;        // [D, N, 4, gate_stride(H)] as forward saved them
+  const int32_t* rows;      // as above
+
+  void* grad_gates;  // [N, 4 * D * H] first d_r, d_z, d_n of each direction, then d_n * r of each direction
+  void* grad_hx;     // [D, B, H]
+};
+
+// Columns that one gate takes in `gates`; fastgru.backends.reference.gate_stride.
+constexpr int gate_stride(int hidden) { return (hidden + 15) / 16 * 16; }
+
+// W_hh resident in a cluster of multiprocessors. Both enqueue one launch on `stream`, neither allocate nor wait, and
+// may be captured in a CUDA graph. They return null, or the reason why nothing was enqueued, in words that stay valid.
+const char* gru_cluster_forward(const GruForwardLoop& loop, CUstream_st* stream);
+const char* gru_cluster_backward(const GruBackwardLoop& loop, CUstream_st* stream);
+
+// Null when a layer of this size runs on `device` forwards and backwards, else the reason. Sizes and limits are
+// checked, nothing is launched.
+const char* gru_cluster_why_not(int H, int B, Precision precision, int device);
+
+}  // namespace cuda
+}  // namespace fastgru

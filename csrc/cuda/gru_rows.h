@@ -1,0 +1,32 @@
+// What surrounds the recurrence of a GRU layer and is no matrix product: all rows at once. No torch header here. The
+// functions enqueue on `stream`, neither allocate nor wait, and return CUDA's error in words, or null.
+#pragma once
+
+#include <cstdint>
+
+#include "gru_loop.h"
+
+namespace fastgru {
+namespace cuda {
+
+// Copies n integers of the host's to the device as arguments of launches: no copy engine is waited for, and a CUDA
+// graph that captures it holds the values.
+const char* upload(const int32_t* host, int32_t* device, int n, CUstream_st* stream);
+
+struct GruRows {
+  int T, B, H, D, N;    // as in gru_loop.h
+  const int32_t* rows;  // as in gru_loop.h
+};
+
+// previous [N, D, H]: the state before each row, which is the output [N, D, H] of the step before where there is one,
+// else hx [D, B, H]. Elements of `bytes` bytes are moved, whatever they are.
+const char* gru_previous_states(const GruRows& rows, int bytes, const void* output, const void* hx, void* previous,
+                                CUstream_st* stream);
+
+// gates [D, N, 4, gate_stride(H)] as the recurrence saves them, from i = x W_ih^T and g = h W_hh^T, both [N, D, 3H]
+// without bias, h being the state before each row. b_ih, b_hh: [D, 3H], or both null.
+const char* gru_gates(const GruRows& rows, Precision precision, const void* i, const void* g, const void* b_ih,
+                      const void* b_hh, void* gates, CUstream_st* stream);
+
+}  // namespace cuda
+}  // namespace fastgru

@@ -1,0 +1,145 @@
+// csrc/cuda/grid_primitives.cuh once more, for the CPU.
+//
+// Words of the exchange travel as the GPU's memory model allows. A word that was set is seen by nobody for a while;
+// words come to be seen in any order, but those of one thread before its fence earlier than those after. Whoever looks
+// may see what was there before, but nothing older than what it has seen there already, nor than what was there at its
+// last fence. (That a fence brings all that is to be seen by then is more than the GPU promises, where it brings only
+// what has to do with words seen before.)
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "emulated_primitives.h"
+
+namespace fastgru {
+namespace cuda {
+
+// A fault that is put into the run on purpose. Each but the last two concerns one block, the first of the grid.
+enum class GridFault {
+  none,
+  missing_wait,   // takes words that are not there yet
+  lost_word,      // one word is never seen
+  never_cleared,  // words of earlier steps stay
+  no_fence_after_setting,
+  no_fence_before_looking,
+};
+
+struct Exchange {
+  struct Set {
+    int thread, fences;
+    uint32_t* at;
+    std::vector<uint32_t> words;
+  };
+  struct Version {
+    uint64_t time;
+    uint32_t word;
+  };
+
+  explicit Exchange(uint64_t seed, GridFault fault) : random(seed), fault(fault), lost(1 + seed % 11) {
+    const int odds[] = {2, 8, 64};
+    delay = odds[seed % 3];
+  }
+
+  static Exchange*& current() {
+    static Exchange* exchange = nullptr;
+    return exchange;
+  }
+
+  int self() const { return machine().block_y() * 1000000 + machine().block_x() * 1000 + machine().thread(); }
+  bool is_victim() const { return machine().block_x() == 0 && machine().block_y() == 0; }
+
+  void set(uint32_t* at, const uint32_t* words, int n) {
+    for (int i = 0; i < n; ++i) machine().check_global(at + i, 4, true);
+    const bool empty = words[0] == 0xffffffff;
+    if (fault == GridFault::never_cleared && is_victim() && empty) return;
+    if (fault == GridFault::lost_word && is_victim() && !empty && --lost == 0) return;
+    idle = 0;
+    waiting.push_back({self(), fences[self()], at, {words, words + n}});
+    machine().hesitate();
+  }
+
+  void look(const uint32_t* at, uint32_t* words, int n) {
+    // The machine cannot see that all of its threads look for what never comes.
+    if (++idle > 3'000'000) machine().fail("looked for a word that never came");
+    machine().hesitate();
+    if (!waiting.empty() && random() % delay == 0) arrive();
+    for (int i = 0; i < n; ++i) {
+      machine().check_global(at + i, 4, false);
+      const auto found = history.find(at + i);
+      if (found == history.end()) {
+        words[i] = at[i];
+        continue;
+      }
+      const std::vector<Version>& versions = found->second;
+      size_t& seen = last_seen[{self(), at + i}];
+      const auto fenced = horizon.find(self());
+      while (seen + 1 < versions.size() && fenced != horizon.end() && versions[seen + 1].time <= fenced->second) ++seen;
+      seen += random() % 4 == 0 ? 0 : random() % (versions.size() - seen);
+      words[i] = versions[seen].word;
+    }
+  }
+
+  void fence() {
+    if (fault != GridFault::no_fence_after_setting) ++fences[self()];
+    if (fault != GridFault::no_fence_before_looking) horizon[self()] = now;
+  }
+
+  // Lets one of the words that were set be seen.
+  void arrive() {
+    size_t index = random() % waiting.size();
+    for (size_t i = 0; i < waiting.size(); ++i) {
+      const Set &one = waiting[i], &chosen = waiting[index];
+      // What the same thread set in the same place comes in order.
+      if (one.thread == chosen.thread && (one.fences < chosen.fences || (one.at == chosen.at && i < index))) {
+        index = i;
+        i = size_t(-1);
+      }
+    }
+    const Set set = waiting[index];
+    waiting.erase(waiting.begin() + long(index));
+    ++now;
+    for (size_t i = 0; i < set.words.size(); ++i) {
+      std::vector<Version>& versions = history[set.at + i];
+      if (versions.empty()) versions.push_back({0, set.at[i]});
+      versions.push_back({now, set.words[i]});
+      set.at[i] = set.words[i];
+    }
+  }
+
+  std::mt19937_64 random;
+  GridFault fault;
+  int lost;
+  uint64_t delay, now = 0, idle = 0;
+  std::vector<Set> waiting;
+  std::map<int, int> fences;
+  std::map<int, uint64_t> horizon;
+  std::map<const uint32_t*, std::vector<Version>> history;
+  std::map<std::pair<int, const uint32_t*>, size_t> last_seen;
+};
+
+inline void peek(const uint32_t* from, uint32_t (&words)[2]) { Exchange::current()->look(from, words, 2); }
+
+template <int N>
+inline void publish(uint32_t* to, const uint32_t (&words)[N]) {
+  Exchange::current()->set(to, words, N);
+}
+
+inline void fence_gpu() { Exchange::current()->fence(); }
+
+inline bool in_all_lanes(bool mine) {
+  const Exchange& exchange = *Exchange::current();
+  if (exchange.fault == GridFault::missing_wait && exchange.is_victim()) mine = true;
+  return machine().together<bool, bool>(mine, [](const bool* in, bool* out) {
+    const bool all = std::all_of(in, in + 32, [](bool one) { return one; });
+    std::fill(out, out + 32, all);
+  });
+}
+
+}  // namespace cuda
+}  // namespace fastgru

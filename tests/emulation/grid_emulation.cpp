@@ -1,0 +1,208 @@
+// The kernels of csrc/cuda/gru_grid.cuh and gru_rows.cuh on the CPU, for Python: arrays in, arrays filled.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cuda/gru_grid.cuh"
+#include "cuda/gru_rows.cuh"
+
+namespace py = pybind11;
+using namespace fastgru::cuda;
+
+namespace {
+
+using Array = std::optional<py::array>;
+
+Precision precision_of(const std::string& name) {
+  const std::map<std::string, Precision> all = {
+      {"bf16", Precision::bf16}, {"f16", Precision::f16}, {"tf32", Precision::tf32}};
+  return all.at(name);
+}
+
+GridFault fault_of(const std::string& name) {
+  const std::map<std::string, GridFault> all = {
+      {"none", GridFault::none},
+      {"missing wait", GridFault::missing_wait},
+      {"lost word", GridFault::lost_word},
+      {"never cleared", GridFault::never_cleared},
+      {"no fence after setting", GridFault::no_fence_after_setting},
+      {"no fence before looking", GridFault::no_fence_before_looking},
+      {"no block barrier", GridFault::none},
+      {"stale workspace", GridFault::none},
+  };
+  return all.at(name);
+}
+
+// The arrays of a call: what the kernel may touch.
+class Memory {
+ public:
+  const void* add(const Array& array) { return pointer(array, false); }
+  void* add_output(const Array& array) { return pointer(array, true); }
+  std::vector<emulation::Region> regions;
+
+ private:
+  void* pointer(const Array& array, bool written) {
+    if (!array) return nullptr;
+    if (!(array->flags() & py::array::c_style)) throw std::invalid_argument("arrays must be contiguous");
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(array->data());
+    regions.push_back({begin, begin + size_t(array->nbytes()), written});
+    return const_cast<void*>(array->data());
+  }
+};
+
+struct Run {
+  uint64_t seed;
+  std::string fault;
+};
+
+// Runs body(precision, column tiles, shape, exchange), the first two as constants, one launch per direction or one for
+// all.
+template <int LEFTS, typename Body>
+void launch(Precision precision, int H, int B, int D, int column_tiles, bool each_direction, const Run& run,
+            Memory& memory, Body body) {
+  const auto with_both = [&](auto p, auto tiles) {
+    const GridShape shape = grid_shape<LEFTS, decltype(tiles)::value>(H, B, precision);
+    if (shape.bytes == 0) throw std::invalid_argument("no such shape");
+    // Another run's words, or what the launch sets them to.
+    std::vector<uint32_t> exchange(size_t(D) * shape.groups * BUFFERS * shape.operand_words,
+                                   run.fault == "stale workspace" ? 0x3c003c00 : EMPTY);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(exchange.data());
+    memory.regions.push_back({begin, begin + exchange.size() * 4, true});
+    for (int first = 0; first < D; first += each_direction ? 1 : D) {
+      emulation::Grid grid;
+      grid.x = shape.groups * shape.tiles;
+      grid.y = each_direction ? 1 : D;
+      grid.threads = GRID_THREADS;
+      grid.shared_bytes = shape.bytes;
+      Exchange words(run.seed, fault_of(run.fault));
+      Exchange::current() = &words;
+      const auto fault = run.fault == "no block barrier" ? emulation::Fault::no_block_barrier : emulation::Fault::none;
+      emulation::Machine(grid, {run.seed, fault}, memory.regions).run([&] {
+        body(p, tiles, shape, first, exchange.data());
+      });
+    }
+  };
+  const auto with_tiles = [&](auto p) {
+    if (column_tiles == 1)
+      with_both(p, std::integral_constant<int, 1>());
+    else
+      with_both(p, std::integral_constant<int, 2>());
+  };
+  if (precision == Precision::bf16) with_tiles(std::integral_constant<Precision, Precision::bf16>());
+  if (precision == Precision::f16) with_tiles(std::integral_constant<Precision, Precision::f16>());
+  if (precision == Precision::tf32) with_tiles(std::integral_constant<Precision, Precision::tf32>());
+}
+
+void forward(const std::string& precision, int T, const Array& i, const Array& w_hh, const Array& b_ih,
+             const Array& b_hh, const py::array& hx, const Array& rows, const py::array& output, const Array& h_n,
+             const Array& gates, int column_tiles, bool each_direction, uint64_t seed, const std::string& fault) {
+  Memory memory;
+  GruForwardLoop loop{};
+  loop.precision = precision_of(precision);
+  loop.T = T, loop.B = int(hx.shape(1)), loop.H = int(hx.shape(2)), loop.D = int(hx.shape(0));
+  loop.N = int(output.shape(0));
+  loop.i = memory.add(i), loop.w_hh = memory.add(w_hh), loop.b_ih = memory.add(b_ih), loop.b_hh = memory.add(b_hh);
+  loop.hx = memory.add(hx), loop.rows = static_cast<const int32_t*>(memory.add(rows));
+  loop.output = memory.add_output(output), loop.h_n = memory.add_output(h_n), loop.gates = memory.add_output(gates);
+  launch<3>(loop.precision, loop.H, loop.B, loop.D, column_tiles, each_direction, {seed, fault}, memory,
+            [&](auto p, auto tiles, const GridShape& shape, int first, uint32_t* exchange) {
+              gru_grid_forward_block<decltype(p)::value, decltype(tiles)::value>(loop, shape, first, exchange);
+            });
+}
+
+void backward(const std::string& precision, int T, const Array& grad_output, const Array& grad_h_n, const Array& w_hh,
+              const Array& previous, const Array& gates, const Array& rows, const Array& grad_gates,
+              const py::array& grad_hx, int column_tiles, bool each_direction, uint64_t seed,
+              const std::string& fault) {
+  Memory memory;
+  GruBackwardLoop loop{};
+  loop.precision = precision_of(precision);
+  loop.T = T, loop.B = int(grad_hx.shape(1)), loop.H = int(grad_hx.shape(2)), loop.D = int(grad_hx.shape(0));
+  loop.N = int(previous->shape(0));
+  loop.grad_output = memory.add(grad_output), loop.grad_h_n = memory.add(grad_h_n), loop.w_hh = memory.add(w_hh);
+  loop.previous = memory.add(previous), loop.gates = memory.add(gates);
+  loop.rows = static_cast<const int32_t*>(memory.add(rows));
+  loop.grad_gates = memory.add_output(grad_gates), loop.grad_hx = memory.add_output(grad_hx);
+  launch<1>(loop.precision, loop.H, loop.B, loop.D, column_tiles, each_direction, {seed, fault}, memory,
+            [&](auto p, auto tiles, const GridShape& shape, int first, uint32_t* exchange) {
+              gru_grid_backward_block<decltype(p)::value, decltype(tiles)::value>(loop, shape, first, exchange);
+            });
+}
+
+void run_rows(int x, int y, const Memory& memory, const std::function<void()>& body) {
+  emulation::Grid grid;
+  grid.x = x, grid.y = y, grid.threads = ROW_THREADS;
+  emulation::Machine(grid, {}, memory.regions).run(body);
+}
+
+// The word of the widest kernel that takes a row of H.
+void previous_states(int T, const py::array& output, const py::array& hx, const Array& rows,
+                     const py::array& previous) {
+  Memory memory;
+  GruRows s{T, int(hx.shape(1)), int(hx.shape(2)), int(hx.shape(0)), int(output.shape(0)), nullptr};
+  s.rows = static_cast<const int32_t*>(memory.add(rows));
+  const void* from[] = {memory.add(output), memory.add(hx)};
+  void* to = memory.add_output(previous);
+  const int row_bytes = s.H * int(hx.itemsize());
+  const auto run = [&](auto word) {
+    using Word = decltype(word);
+    run_rows(T * ((s.B + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK), s.D, memory, [&] {
+      gru_previous_states_block(s, row_bytes / int(sizeof(Word)), static_cast<const Word*>(from[0]),
+                                static_cast<const Word*>(from[1]), static_cast<Word*>(to));
+    });
+  };
+  if (row_bytes % 16 == 0)
+    run(SixteenBytes());
+  else if (row_bytes % 4 == 0)
+    run(uint32_t());
+  else
+    run(uint16_t());
+}
+
+void gates_of_rows(const std::string& precision, const py::array& i, const py::array& g, const Array& b_ih,
+                   const Array& b_hh, const py::array& gates) {
+  Memory memory;
+  const GruRows s{0, 0, int(i.shape(2)) / 3, int(i.shape(1)), int(i.shape(0)), nullptr};
+  const void* from[] = {memory.add(i), memory.add(g), memory.add(b_ih), memory.add(b_hh)};
+  void* to = memory.add_output(gates);
+  const auto run = [&](auto p) {
+    using Stored = typename Numbers<decltype(p)::value>::Stored;
+    run_rows(s.N, s.D, memory, [&] {
+      gru_gates_block<decltype(p)::value>(s, static_cast<const Stored*>(from[0]), static_cast<const Stored*>(from[1]),
+                                          static_cast<const Stored*>(from[2]), static_cast<const Stored*>(from[3]),
+                                          static_cast<Stored*>(to));
+    });
+  };
+  const Precision p = precision_of(precision);
+  if (p == Precision::bf16) run(std::integral_constant<Precision, Precision::bf16>());
+  if (p == Precision::f16) run(std::integral_constant<Precision, Precision::f16>());
+  if (p == Precision::tf32) run(std::integral_constant<Precision, Precision::tf32>());
+}
+
+int shared_bytes(const std::string& direction, const std::string& precision, int H, int B, int column_tiles) {
+  const Precision p = precision_of(precision);
+  if (direction == "forward")
+    return column_tiles == 1 ? grid_shape<3, 1>(H, B, p).bytes : grid_shape<3, 2>(H, B, p).bytes;
+  return column_tiles == 1 ? grid_shape<1, 1>(H, B, p).bytes : grid_shape<1, 2>(H, B, p).bytes;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_grid_emulation, m) {
+  m.def("forward", forward, py::kw_only(), py::arg("precision"), py::arg("T"), py::arg("i"), py::arg("w_hh"),
+        py::arg("b_ih"), py::arg("b_hh"), py::arg("hx"), py::arg("rows"), py::arg("output"), py::arg("h_n"),
+        py::arg("gates"), py::arg("column_tiles"), py::arg("each_direction"), py::arg("seed"),
+        py::arg("fault") = "none");
+  m.def("shared_bytes", shared_bytes);
+  m.def("previous_states", previous_states);
+  m.def("gates", gates_of_rows);
+  m.def("backward", backward, py::kw_only(), py::arg("precision"), py::arg("T"), py::arg("grad_output"),
+        py::arg("grad_h_n"), py::arg("w_hh"), py::arg("previous"), py::arg("gates"), py::arg("rows"),
+        py::arg("grad_gates"), py::arg("grad_hx"), py::arg("column_tiles"), py::arg("each_direction"), py::arg("seed"),
+        py::arg("fault") = "none");
+}
