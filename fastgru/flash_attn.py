@@ -265,7 +265,7 @@ def flash_attn_with_kvcache(
             f"{list(rotary_cos.shape)} and {list(rotary_sin.shape)}"
         )
     batch, device = q.shape[0], q.device
-    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[-1])
     added = 0 if k is None else k.shape[1]
     filled = capacity if cache_seqlens is None else cache_seqlens
     if not isinstance(filled, Tensor):
