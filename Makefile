@@ -27,7 +27,7 @@ test: setup
 
 # Runs the features on torch.nn as well and writes what it saw.
 compat: setup
-	$(BIN)/python -m pytest -n 2 -m feature --compatibility-table=docs/compatibility.md $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m feature --feature-tables=docs $(ARGS)
 
 # What `make bench` and benchmarks/cpu_gru.py compare with, beside torch.
 peers: $(STAMPS)/peers

@@ -67,3 +67,45 @@ CUDA_ATTENTION = [
     Attention(32, 16, 512, 512, 64),
     Attention(64, 16, 1, 4096, 128),
 ]
+
+
+class GroupedAttention(NamedTuple):
+    """Sizes of an attention problem with its own number of heads of keys, and what hides keys."""
+
+    B: int
+    H: int
+    Hk: int
+    Lq: int
+    Lk: int
+    D: int
+    causal: bool = False
+    mask: str = ""  # bool: "keys" [B, 1, 1, Lk] or "scores" [B, 1, Lq, Lk]
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        return self[:6]
+
+    def flops(self, mode: str) -> float:
+        """Two products forward, five more backward; of a causal problem those below the diagonal."""
+        seen = self.Lq * self.Lk
+        if self.causal:
+            seen = sum(min(i + 1, self.Lk) for i in range(self.Lq))
+        return (4.0 if mode == "forward" else 14.0) * self.B * self.H * seen * self.D
+
+    def bytes(self, size: int) -> float:
+        """Of query, key, value and output, once each."""
+        return 2.0 * size * self.B * self.D * (self.H * self.Lq + self.Hk * self.Lk)
+
+
+#: Problem, mode and, by dtype, how many times as fast as the better of torch's backends it is meant to be, if a goal is
+#: set: long and short self-attention and a decoding step; then those without a goal but to be no slower.
+CPU_ATTENTION_GOALS: list[tuple[GroupedAttention, str, dict[str, float | None]]] = [
+    (GroupedAttention(1, 8, 8, 2048, 2048, 64), "forward", {"float32": 1.6, "bfloat16": 2.5}),
+    (GroupedAttention(1, 8, 8, 2048, 2048, 128), "forward", {"float32": 1.6, "bfloat16": 2.5}),
+    (GroupedAttention(8, 8, 8, 128, 128, 64), "training", {"float32": 1.5, "bfloat16": 1.5}),
+    (GroupedAttention(32, 8, 8, 1, 128, 64), "forward", {"float32": 2.0, "bfloat16": 2.0}),
+    (GroupedAttention(8, 8, 8, 128, 128, 64), "forward", {"float32": None, "bfloat16": None}),
+    (GroupedAttention(1, 8, 8, 2048, 2048, 64, True), "forward", {"float32": None, "bfloat16": None}),
+    (GroupedAttention(1, 8, 8, 1024, 1024, 64), "training", {"float32": None, "bfloat16": None}),
+    (GroupedAttention(32, 32, 8, 1, 512, 128), "forward", {"float32": None, "bfloat16": None}),
+]

@@ -96,6 +96,71 @@ def cpu_gru(record: dict[str, Any]) -> Section:
     )
 
 
+def cpu_attention(record: dict[str, Any]) -> Section:
+    """The record of benchmarks/cpu_attention.py."""
+    tables: dict[str, _report.Table] = {}
+    if "table" in record:
+        rows = []
+        for row in record["table"]["rows"]:
+            heads = f"{row['H']}/{row['Hk']}" if row["H"] != row["Hk"] else str(row["H"])
+            shape = ", ".join(str(size) for size in (row["B"], heads, row["Lq"], row["Lk"], row["D"]))
+            ratio = row["speedup"][row["best"]]
+            rows.append(
+                [
+                    shape + (" causal" if row["causal"] else ""),
+                    row["mode"],
+                    row["dtype"],
+                    *(f"{row['us'][name]:,.0f}" if name in row["us"] else "" for name in _ATTENTION_PEERS),
+                    f"{ratio['median']:.2f}x ({ratio['q1']:.2f}-{ratio['q3']:.2f})",
+                    "" if row["goal"] is None else f"{row['goal']:.1f}x",
+                    f"{row['gflops']:.0f}",
+                    f"{row['of_fma_peak']:.0%}",
+                    f"{row['gb_per_s']:.0f}",
+                ]
+            )
+        columns = ["B, H, Lq, Lk, D", "mode", "dtype", *_ATTENTION_PEERS, "beside the better", "goal"]
+        tables["speed"] = ([*columns, "GFLOP/s", "of float32 FMA peak", "GB/s"], rows)
+    if "sweep" in record:
+        tables["random shapes"] = (
+            ["beside the better", "shapes", "geometric mean", "worst", "slower"],
+            [
+                [mode, str(v["shapes"]), f"{v['geometric_mean']:.2f}x", f"{v['worst']:.2f}x", str(v["below_one"])]
+                for mode, v in record["sweep"]["summary"].items()
+            ],
+        )
+    if "memory" in record:
+        tables["peak memory"] = (
+            ["mode", "length", *(f"{name}, MB" for name in _ATTENTION_PEERS)],
+            [
+                [
+                    row["mode"],
+                    str(row["L"]),
+                    *(f"{row['bytes'][n] / 2**20:.1f}" if n in row["bytes"] else "" for n in _ATTENTION_PEERS),
+                ]
+                for row in record["memory"]["rows"]
+            ],
+        )
+    return Section(
+        "Attention on a CPU",
+        tables,
+        None,
+        [
+            "Microseconds per call, medians; beside the better of torch's two backends, flash and math, with "
+            "quartiles. Forward is inference; training is forward and backward. The peak is that of float32 multiply-adds, "
+            "measured beside each row; products of bfloat16 may exceed it. GB/s: query, key, value and output, once "
+            "each, by the time.",
+            "Random shapes draw B to 8, up to 32 heads, also grouped, lengths to 1024, D to 128, causal or not, with "
+            "and without masks, float32 and bfloat16. Memory is the peak of one call in float32 with one head and 64 "
+            "columns, its tensors included, beyond what the process held before.",
+            f"Measured on {record['machine']['cpu']}, {record['threads']} thread(s), instruction set "
+            f"{record['machine']['isa']}, with {_versions(record['versions'])}, at commit {record['commit']}.",
+        ],
+    )
+
+
+_ATTENTION_PEERS = ("fastgru", "torch flash", "torch math")
+
+
 def cpu_conditions(record: dict[str, Any]) -> Section:
     """The record of benchmarks/cpu_conditions.py."""
 
@@ -303,7 +368,7 @@ def section(record: dict[str, Any]) -> Section:
     """The section of a record, by what it is."""
     if "benchmarks" in record:
         return suite(record)
-    kinds = {"cpu_gru": cpu_gru, "cpu_conditions": cpu_conditions, "demo": demo}
+    kinds = {"cpu_gru": cpu_gru, "cpu_attention": cpu_attention, "cpu_conditions": cpu_conditions, "demo": demo}
     kind = record.get("benchmark") or record.get("command")
     if kind not in kinds:
         raise SystemExit(f"a stored result is neither of {', '.join(kinds)} nor of pytest-benchmark, but {kind!r}")

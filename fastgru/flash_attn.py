@@ -6,6 +6,8 @@ their diagonal at the bottom right. Masks, biases and lengths: see :func:`fastgr
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +26,20 @@ __all__ = [
 ]
 
 Result = Any  # Tensor, or (Tensor, lse, None) with return_attn_probs
+
+
+def _signature(*replaced: str) -> Callable[[Any], Any]:
+    """Gives a function the signature of the one it calls, less what its own arguments stand for."""
+
+    def decorate(function: Any) -> Any:
+        base = flash_attn_varlen_func if "varlen" in function.__name__ else flash_attn_func
+        own = [p for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        left_out = {*replaced, "block_table", *(p.name for p in own)}
+        rest = [p for p in inspect.signature(base).parameters.values() if p.name not in left_out]
+        function.__signature__ = inspect.Signature([*own, *rest], return_annotation=Result)
+        return function
+
+    return decorate
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, return_attn_probs: bool, **options: Any) -> Result:
@@ -74,6 +90,7 @@ def flash_attn_func(
     )
 
 
+@_signature("k", "v")
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Result:
     """:func:`flash_attn_func` of kv [B, Lk, 2, Hk, D]."""
     _check_packed("kv", kv, 5, 2)
@@ -81,6 +98,7 @@ def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -
     return flash_attn_func(q, k, v, *args, **kwargs)
 
 
+@_signature("q", "k", "v")
 def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Result:
     """:func:`flash_attn_func` of qkv [B, L, 3, H, D]."""
     _check_packed("qkv", qkv, 5, 3)
@@ -131,6 +149,10 @@ def flash_attn_varlen_func(
         raise ValueError(
             f"cu_seqlens_q and cu_seqlens_k must have one length, got {len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
         )
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"k and v must have the same rows and heads, got {list(k.shape)} and {list(v.shape)}")
+    if block_table is not None:
+        block_table = _used_pages(block_table, k, k_lengths)
     where = _positions(cu_seqlens_q, q.shape[0])
     if block_table is not None:
         padded_k, padded_v = (_gather_pages(t, block_table)[:, :max_seqlen_k] for t in (k, v))
@@ -155,6 +177,7 @@ def flash_attn_varlen_func(
     return (output, lse.transpose(1, 2)[where].t(), None) if return_attn_probs else output
 
 
+@_signature("k", "v")
 def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Result:
     """:func:`flash_attn_varlen_func` of kv [total_k, 2, Hk, D]."""
     _check_packed("kv", kv, 4, 2)
@@ -162,6 +185,7 @@ def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs:
     return flash_attn_varlen_func(q, k, v, *args, **kwargs)
 
 
+@_signature("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args: Any, **kwargs: Any
 ) -> Result:
@@ -219,20 +243,48 @@ def flash_attn_with_kvcache(
         raise ValueError("rotary_cos and rotary_sin must be given together")
     if block_table is not None and (cache_batch_idx is not None or cache_leftpad is not None):
         raise ValueError("block_table excludes cache_batch_idx and cache_leftpad")
+    for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
+        if t is not None and t.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got {list(t.shape)}")
+    if k is not None and v is not None:
+        for name, t, cache in (("k", k, k_cache), ("v", v, v_cache)):
+            shape = (q.shape[0], k.shape[1], *cache.shape[2:])
+            if t.shape != shape or t.dtype is not cache.dtype:
+                raise ValueError(
+                    f"{name} must be {list(shape)} of the cache's {cache.dtype}, got {list(t.shape)} of {t.dtype}"
+                )
+        if cache_seqlens is None:
+            raise ValueError("k and v are written to the cache from cache_seqlens on, which is missing")
+    if (
+        rotary_cos is not None
+        and rotary_sin is not None
+        and (rotary_cos.dim() != 2 or rotary_cos.shape != rotary_sin.shape or 2 * rotary_cos.shape[1] > q.shape[3])
+    ):
+        raise ValueError(
+            f"rotary_cos and rotary_sin must be [positions, at most {q.shape[3]} / 2], got "
+            f"{list(rotary_cos.shape)} and {list(rotary_sin.shape)}"
+        )
+    batch, device = q.shape[0], q.device
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[-1])
+    added = 0 if k is None else k.shape[1]
+    filled = capacity if cache_seqlens is None else cache_seqlens
+    if not isinstance(filled, Tensor):
+        filled = torch.full((batch,), filled, device=device)
+    _check_range("cache_seqlens", filled, batch, capacity - added, f" (a cache of {capacity}, {added} new keys)")
+    if rotary_cos is not None:
+        positions_of_rotary, needed = rotary_cos.shape[0], max(added, q.shape[1] if causal else 1)
+        why = f" (rotary_cos has {positions_of_rotary} positions, {needed} are added)"
+        _check_range("cache_seqlens", filled, batch, positions_of_rotary - needed, why)
+    if block_table is not None:
+        block_table = _used_pages(block_table, k_cache, filled + added)
+    if cache_batch_idx is not None:
+        _check_range("cache_batch_idx", cache_batch_idx, batch, k_cache.shape[0] - 1)
+    if cache_leftpad is not None:
+        _check_range("cache_leftpad", cache_leftpad, batch, capacity)
     with torch.no_grad():
-        batch, device = q.shape[0], q.device
-        capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-        filled = capacity if cache_seqlens is None else cache_seqlens
-        if not isinstance(filled, Tensor):
-            filled = torch.full((batch,), filled, device=device)
         start = filled.to(torch.int64)
         if k is not None and v is not None:
-            if cache_seqlens is None:
-                raise ValueError("k and v are written to the cache from cache_seqlens on, which is missing")
-            new = torch.arange(k.shape[1], device=device)
-            positions = start[:, None] + new
-            if device.type == "cpu" and positions.numel() and int(positions.max()) >= capacity:
-                raise ValueError(f"cache_seqlens plus {k.shape[1]} new keys exceed the cache of {capacity}")
+            positions = start[:, None] + torch.arange(k.shape[1], device=device)
             if rotary_cos is not None and rotary_sin is not None:
                 k = _rotate(k, rotary_cos, rotary_sin, positions, rotary_interleaved)
             if block_table is not None:
@@ -274,6 +326,34 @@ def flash_attn_with_kvcache(
             k_lengths=filled,
         )
     return (output, lse) if return_softmax_lse else output
+
+
+def _check_range(name: str, numbers: Tensor, batch: int, most: int, why: str = "") -> None:
+    """[B] integers in [0, most]; their values on the CPU only, where reading them costs nothing."""
+    if numbers.shape != (batch,) or numbers.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be [B] = [{batch}] integers, got {list(numbers.shape)} of {numbers.dtype}")
+    _check_values(name, numbers, most, why)
+
+
+def _check_values(name: str, numbers: Tensor, most: int, why: str = "") -> None:
+    if numbers.device.type == "cpu" and numbers.numel() and not torch.compiler.is_compiling():
+        low, high = (int(t) for t in numbers.aminmax())
+        if low < 0 or high > most:
+            raise ValueError(f"{name} must lie in [0, {most}]{why}, got {low if low < 0 else high}")
+
+
+def _used_pages(block_table: Tensor, pages: Tensor, lengths: Tensor) -> Tensor:
+    """The checked table, with some page in the place of those beyond the lengths, which may be anything."""
+    batch = lengths.shape[0]
+    if block_table.dim() != 2 or block_table.shape[0] != batch or block_table.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"block_table must be [B, pages of a sequence] integers with B = {batch}, "
+            f"got {list(block_table.shape)} of {block_table.dtype}"
+        )
+    first = torch.arange(block_table.shape[1], device=block_table.device) * pages.shape[1]
+    if block_table.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_values("block_table", block_table[first < lengths.unsqueeze(-1)], pages.shape[0] - 1)
+    return block_table.clamp(0, pages.shape[0] - 1)
 
 
 def _check_packed(name: str, t: Tensor, dimensions: int, count: int) -> None:

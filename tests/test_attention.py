@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,11 @@ from fastgru import flash_attn
 from fastgru.ops.attention_schema import ATTENTION_OPS
 
 NAN = float("nan")
+
+
+def feature(name: str, detail: str = "") -> pytest.MarkDecorator:
+    """A line of docs/attention-features.md."""
+    return pytest.mark.feature("Attention", name, detail)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -61,6 +67,29 @@ def test_hidden_keys_have_no_influence(
     assert not want[2][:, :, seen:].any() and not want[3][:, :, seen:].any()
 
 
+@pytest.mark.parametrize("how", ["k_lengths", "q_lengths", "mask", "causal"])
+def test_hidden_nan_has_no_influence_on_second_derivatives(backend: str, how: str) -> None:
+    options: dict[str, Any] = {
+        "k_lengths": {"k_lengths": torch.tensor([4, 0])},
+        "q_lengths": {"q_lengths": torch.tensor([4, 0])},
+        "mask": {"attn_mask": (torch.arange(7) < 4).expand(5, 7)},
+        "causal": {"causal": True, "causal_align": "top_left"},
+    }[how]
+    results = []
+    for bad in (1.0, NAN):
+        torch.manual_seed(0)
+        tensors = qkv(dtype=torch.float64)
+        seed = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+        for t in (tensors[0], seed) if how == "q_lengths" else tensors[1:]:
+            t.data[:, :, (4 if how != "causal" else 5) :] = bad
+            if how in ("q_lengths", "k_lengths"):
+                t.data[1] = bad
+        grads = torch.autograd.grad(fastgru.flash_attention(*tensors, **options), tensors, seed, create_graph=True)
+        results.append([*grads, *torch.autograd.grad(sum(g.sin().sum() for g in grads), tensors)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("length", [4, 70])
 def test_a_later_nan_does_not_reach_an_earlier_query(engine: str, length: int) -> None:
     tensors = qkv(2, 3, length, length)
@@ -96,6 +125,7 @@ def test_a_visible_nan_is_not_hidden(engine: str, lengths: tuple[int, int]) -> N
         assert wrong[0, 0, 1].any() and wrong.any(-1).all() == (which > 0)
 
 
+@feature("fully masked row gives 0")
 @pytest.mark.parametrize("lengths", [(4, 3), (70, 60)], ids=str)
 def test_a_row_without_keys(engine: str, lengths: tuple[int, int]) -> None:
     tensors = qkv(1, 2, *lengths)
@@ -122,6 +152,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@feature("deterministic backward", "always")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=["dropout", "bias", "window"])
 def test_bitwise_equal_for_100_calls_and_any_number_of_threads(options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -148,6 +179,7 @@ def test_independent_of_the_batch(engine: str) -> None:
 # ---- dropout ----
 
 
+@feature("dropout")
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("queries", [4, 300])
 def test_dropout_drops_as_often_as_asked(engine: str, queries: int, p: float) -> None:
@@ -163,6 +195,13 @@ def test_dropout_drops_as_often_as_asked(engine: str, queries: int, p: float) ->
     torch.testing.assert_close(weights[~dropped], torch.full_like(weights[~dropped], 1 / 200 / (1 - p)))
 
 
+def test_dropout_of_everything(backend: str) -> None:
+    tensors = qkv()
+    output = fastgru.scaled_dot_product_attention(*tensors, dropout_p=1.0)
+    assert not output.any() and not any(t.any() for t in torch.autograd.grad(output.sum(), tensors))
+
+
+@feature("dropout")
 def test_dropout_is_the_same_on_every_backend_and_follows_the_seed() -> None:
     for dtype, lengths in itertools.product([torch.float32, torch.float64], [(3, 40), (70, 201)]):
         tensors = qkv(2, 2, *lengths, dtype=dtype)
@@ -176,6 +215,7 @@ def test_dropout_is_the_same_on_every_backend_and_follows_the_seed() -> None:
 # ---- derivatives and operators ----
 
 
+@feature("double backward")
 @pytest.mark.parametrize(
     "options",
     [{}, {"causal": True, "softcap": 1.5, "dropout_p": 0.3}, {"window": (2, 1), "k_lengths": torch.tensor([3, 7])}],
@@ -235,6 +275,7 @@ def operator_arguments(requires_grad: bool, full: bool) -> list[Any]:
     ]
 
 
+@feature("torch.compile", "opcheck")
 @pytest.mark.parametrize("full, requires_grad", [(False, False), (True, False), (True, True)])
 def test_opcheck(backend: str, full: bool, requires_grad: bool) -> None:
     ops, arguments = ATTENTION_OPS[backend], operator_arguments(requires_grad, full)
@@ -253,6 +294,8 @@ def test_double_backward_without_the_gradient_of_the_bias(backend: str) -> None:
     assert gradgradcheck(lambda *t: fastgru.flash_attention(*t, bias=bias), (q, k, v), fast_mode=True)
 
 
+@feature("torch.compile", "fullgraph")
+@feature("torch.compile", "export")
 def test_compile_and_export(backend: str) -> None:
     torch._dynamo.reset()
     bias = draw(3, 5, 7)
@@ -333,8 +376,29 @@ def test_sdpa_gqa_and_errors(backend: str) -> None:
     torch.testing.assert_close(fastgru.scaled_dot_product_attention(q, k, k, enable_gqa=True, is_causal=True), want)
     with pytest.raises(RuntimeError, match="must not both be set"):
         fastgru.scaled_dot_product_attention(q, k, k, torch.ones(5, 7), is_causal=True, enable_gqa=True)
-    with pytest.raises(ValueError, match="as many dimensions"):
-        fastgru.scaled_dot_product_attention(q, k[0], k[0])
+    with pytest.raises(ValueError, match="query must have at least 2 dimensions"):
+        fastgru.scaled_dot_product_attention(q[0, 0, 0], k, k)
+    with pytest.raises(ValueError, match="leading sizes must fit each other, got query"):
+        fastgru.scaled_dot_product_attention(q[:, :3], k, k)
+    with pytest.raises(ValueError, match="the 4 heads of query must be a multiple of the 3 heads of key"):
+        fastgru.scaled_dot_product_attention(q, torch.randn(2, 3, 7, 4), k, enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    "key, value, gqa",
+    [
+        ((1, 4), (1, 4), False),
+        ((2, 1), (2, 1), False),
+        ((), (4,), False),
+        ((2, 2), (2, 1), True),
+        ((1, 2), (2, 2), True),
+    ],
+    ids=str,
+)
+def test_sdpa_broadcasts(backend: str, key: tuple[int, ...], value: tuple[int, ...], gqa: bool) -> None:
+    q, k, v = torch.randn(2, 4, 5, 4), torch.randn(*key, 7, 4), torch.randn(*value, 7, 3)
+    want = F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+    torch.testing.assert_close(fastgru.scaled_dot_product_attention(q, k, v, enable_gqa=gqa), want)
 
 
 # ---- flash-attn's functions ----
@@ -358,6 +422,7 @@ def joined(sequences: list[list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     return [torch.cat(tensors).requires_grad_() for tensors in zip(*sequences, strict=True)], cumulative
 
 
+@feature("varlen/nested", "cu_seqlens")
 @pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 2.0}, {"window_size": (2, 1)}], ids=str)
 def test_varlen(backend: str, sequences: Iterator[list[Tensor]], options: dict[str, Any]) -> None:
     several = list(sequences)
@@ -391,6 +456,22 @@ def test_packed_functions(backend: str) -> None:
     torch.testing.assert_close(got, flat)
 
 
+def test_signatures_are_those_of_flash_attn() -> None:
+    common = "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"
+    lengths = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
+    for function, first, last in (
+        (flash_attn.flash_attn_func, "q k v", ""),
+        (flash_attn.flash_attn_kvpacked_func, "q kv", ""),
+        (flash_attn.flash_attn_qkvpacked_func, "qkv", ""),
+        (flash_attn.flash_attn_varlen_func, f"q k v {lengths}", "block_table"),
+        (flash_attn.flash_attn_varlen_kvpacked_func, f"q kv {lengths}", ""),
+        (flash_attn.flash_attn_varlen_qkvpacked_func, "qkv cu_seqlens max_seqlen", ""),
+    ):
+        assert list(inspect.signature(function).parameters) == f"{first} {common} {last}".split()
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        flash_attn.flash_attn_qkvpacked_func(torch.randn(2, 6, 3, 4, 8), scale=1.0)
+
+
 def naive_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x [H, D] at one position."""
     x, half = x.clone(), len(cos)
@@ -400,8 +481,11 @@ def naive_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
     return x
 
 
+@feature("paged KV / decode", "KV cache")
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("how", ["rows", "indexed", "leftpad", "paged"])
+@pytest.mark.parametrize(
+    "how", ["rows", "indexed", "leftpad", pytest.param("paged", marks=feature("paged KV / decode", "paged KV"))]
+)
 def test_kvcache(backend: str, how: str, interleaved: bool) -> None:
     B, capacity, page, new = 3, 16, 4, 2
     q, k, v = torch.randn(B, new, 4, 8), torch.randn(B, new, 2, 8), torch.randn(B, new, 2, 8)
@@ -459,6 +543,7 @@ def test_kvcache(backend: str, how: str, interleaved: bool) -> None:
         torch.testing.assert_close(lse[b], want_lse[0])
 
 
+@feature("paged KV / decode", "paged KV")
 def test_varlen_paged(backend: str) -> None:
     pages = torch.randn(2, 6, 4, 2, 8)
     table = torch.tensor([[3, 0], [5, 1]], dtype=torch.int32)
@@ -492,9 +577,11 @@ def test_errors(backend: str) -> None:
         ([q, k[:, :2], v[:, :2]], {"enable_gqa": True}, "the 3 heads of query must be a multiple of the 2"),
         ([q, k[:, :1], v[:, :1]], {}, "pass enable_gqa=True"),
         ([q, k, v], {"causal_align": "middle"}, "'bottom_right' or 'top_left', got 'middle'"),
-        ([q, k, v], {"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\), got 1.5"),
+        ([q, k, v], {"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\], got 1.5"),
         ([q, k, v], {"softcap": -1.0}, "softcap must not be negative"),
-        ([q, k, v], {"window": (-2, 0)}, "window must be two numbers"),
+        ([q, k, v], {"window": (-2, 0)}, "window must be two whole numbers"),
+        ([q, k, v], {"window": (1.5, 0)}, "window must be two whole numbers"),
+        ([q, k, v], {"window": (None, 0)}, "window must be two whole numbers"),
         ([q, k, v], {"attn_mask": torch.ones(5, 6)}, r"attn_mask must be broadcastable to .* = \[2, 3, 5, 7\]"),
         ([q, k, v], {"attn_mask": torch.ones(5, 7).int()}, "attn_mask must be bool or floating, got torch.int32"),
         ([q, k, v], {"bias": torch.ones(5, 7).bool()}, "bias must be floating"),
@@ -505,6 +592,9 @@ def test_errors(backend: str) -> None:
     ]
     for tensors, options, message in cases:
         error(lambda t=tensors, o=options: run(*t, **o), ValueError, message)
+    for name in ("attn_mask", "bias", "alibi_slopes", "k_lengths"):
+        error(lambda n=name: run(q, k, v, **{n: [1]}), TypeError, f"{name} must be a tensor, got list")
+    error(lambda: run(q, k.numpy(), v), TypeError, "key must be a tensor, got ndarray")
     for name, most in (("q_lengths", 5), ("k_lengths", 7)):
         for wrong in (-1, most + 1):
             message = rf"{name} must lie in \[0, {most}\], got {wrong}"
@@ -526,7 +616,30 @@ def test_errors_of_flash_attn(backend: str) -> None:
     kvcache = flash_attn.flash_attn_with_kvcache
     new = torch.randn(1, 2, 2, 4)
     error(lambda: kvcache(new, cache, cache, new), ValueError, "k and v must be given together")
-    error(lambda: kvcache(new, cache, cache, new, new, cache_seqlens=3), ValueError, "exceed the cache of 4")
+    message = r"cache_seqlens must lie in \[0, 2\] \(a cache of 4, 2 new keys\), got "
+    error(lambda: kvcache(new, cache, cache, new, new, cache_seqlens=3), ValueError, message + "3")
+    error(lambda: kvcache(new, cache, cache, new, new, cache_seqlens=-1), ValueError, message + "-1")
+    error(lambda: kvcache(new, cache, cache, cache_seqlens=5), ValueError, "cache_seqlens must lie in")
+    wrong = new[:, :, :1]
+    error(lambda: kvcache(new, cache, cache, wrong, wrong, cache_seqlens=0), ValueError, r"k must be \[1, 2, 2, 4\]")
+    half = new.half()
+    error(lambda: kvcache(new, cache, cache, half, half, cache_seqlens=0), ValueError, "the cache's torch.float32")
+    angles = torch.randn(4, 3)
+    rotary = {"rotary_cos": angles, "rotary_sin": angles}
+    error(lambda: kvcache(new, cache, cache, cache_seqlens=0, **rotary), ValueError, "at most 4 / 2")
+    rotary = {"rotary_cos": angles[:1, :2], "rotary_sin": angles[:1, :2]}
+    error(lambda: kvcache(new, cache, cache, cache_seqlens=2, **rotary), ValueError, "rotary_cos has 1 positions")
+    row = torch.tensor([1])
+    error(
+        lambda: kvcache(new, cache, cache, cache_seqlens=0, cache_batch_idx=row), ValueError, "cache_batch_idx must lie"
+    )
+    error(lambda: kvcache(new, cache, cache, block_table=torch.tensor([[2]])), ValueError, "block_table must lie in")
+    error(lambda: kvcache(new, cache, cache, block_table=row), ValueError, "block_table must be .* with B = 1")
+    # What lies beyond the lengths may be anything.
+    table = torch.tensor([[0, -1]])
+    assert kvcache(new, cache, cache, cache_seqlens=4, block_table=table).equal(kvcache(new, cache, cache))
+    cu = torch.tensor([0, 3], dtype=torch.int32)
+    error(lambda: flash_attn.flash_attn_varlen_func(q, q, q[1:], cu, cu, 3, 3), ValueError, "the same rows and heads")
     error(lambda: kvcache(new, cache, cache, new, new), ValueError, "cache_seqlens on, which is missing")
 
 

@@ -218,7 +218,37 @@ LARGER = [
 ]
 
 
-@pytest.mark.parametrize("problem", SELECTION + LARGER, ids=lambda p: f"{p.seed}-{p.Lq}x{p.Lk}-{p.dtype}")
+def features(p: Problem) -> list[pytest.MarkDecorator]:
+    """The lines of docs/attention-features.md that a problem speaks for."""
+    names = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
+    how = "" if not p.mask else "float mask, gradient" if p.float_mask else "bool mask"
+    if p.bias is not None:
+        how = "bias, gradient"
+    said: dict[str, str | bool] = {
+        "backward": True,
+        "dtypes": names[p.dtype],
+        "head dim": str(p.D),
+        "D ≠ Dv": p.Dv != p.D,
+        "causal, Lq ≠ Lk": p.causal and p.Lq != p.Lk and p.align.replace("_", "-"),
+        "GQA/MQA": p.Hq > p.Hk and ("GQA" if p.Hk > 1 else "MQA"),
+        "sliding window": p.window != (-1, -1),
+        "softcap": p.softcap > 0,
+        "ALiBi": bool(p.alibi),
+        "additive bias / mask": how,
+        "key padding": p.k_lengths and "lengths",
+        "varlen/nested": p.q_lengths and p.k_lengths and "lengths",
+        "LSE": "gradient",
+        "paged KV / decode": p.Lq == 1 and "decode",
+        "CPU": True,
+    }
+    marks = [(name, "" if value is True else value) for name, value in said.items() if value]
+    return [pytest.mark.feature("Attention", *mark) for mark in marks] if p.B and p.Lq and p.Lk else []
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [pytest.param(p, marks=features(p), id=f"{p.seed}-{p.Lq}x{p.Lk}-{p.dtype}") for p in SELECTION + LARGER],
+)
 def test_outputs_and_gradients(engine: str, problem: Problem) -> None:
     assert not broken(problem), problem
 

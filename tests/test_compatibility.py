@@ -19,6 +19,8 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 import fastgru
+from tests import attention_peers
+from tests.compatibility import ATTENTION, attention_cell, attention_line, features
 
 RNN = Any
 
@@ -732,12 +734,31 @@ def test_strides(rnn: RNN, batch_first: bool) -> None:
     assert [t.stride() for t in got] == [t.stride() for t in want]
 
 
+DOCS = Path(__file__).parents[1] / "docs"
+
+
 def test_the_table_in_the_docs_has_every_feature(request: pytest.FixtureRequest) -> None:
-    table = (Path(__file__).parents[1] / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    table = (DOCS / "compatibility.md").read_text(encoding="utf-8")
     for item in request.session.items:
-        marker = item.get_closest_marker("feature")
-        if marker is not None:
-            section, name = marker.args
-            assert f"## {section}\n" in table, "run make compat"
-            assert f"| {name} |" in table, "run make compat"
+        for section, name, _, _ in features(item):
+            if section != ATTENTION:
+                assert f"## {section}\n" in table, "run make compat"
+                assert f"| {name} |" in table, "run make compat"
     assert not [line for line in table.splitlines() if line.startswith("| ") and line.split("|")[3].startswith(" no")]
+
+
+def test_the_attention_table_in_the_docs_is_what_the_tests_say(request: pytest.FixtureRequest) -> None:
+    page = (DOCS / "attention-features.md").read_text(encoding="utf-8")
+    assert page.endswith("\n" + attention_peers.SOURCES), "run make compat"
+    assert f"| | fastgru | {' | '.join(attention_peers.PEERS)} |" in page
+    tested: dict[str, dict[str, list[str]]] = {name: {} for name in attention_peers.CELLS}
+    for item in request.session.items:
+        for section, name, detail, _ in features(item):
+            if section == ATTENTION:
+                tested[name].setdefault(detail, []).append("yes")
+    files = {item.path.name for item in request.session.items}
+    if not {"test_attention.py", "test_attention_parity.py"} <= files or request.config.option.keyword:
+        pytest.skip("the tests of attention are not in this run")
+    for name, cells in attention_peers.CELLS.items():
+        assert tested[name], f"no test is marked feature({ATTENTION!r}, {name!r})"
+        assert attention_line(name, attention_cell(tested[name]), cells) in page, "run make compat"

@@ -51,6 +51,23 @@ def cpu_gru_record() -> dict[str, Any]:
     }
 
 
+def cpu_attention_record() -> dict[str, Any]:
+    row = {"B": 1, "H": 8, "Hk": 2, "Lq": 64, "Lk": 32, "D": 16, "causal": True, "mask": "", "dtype": "float32"}
+    speedup = {"median": 1.61, "q1": 1.5, "q3": 1.7}
+    row |= {"mode": "forward", "best": "torch flash", "speedup": {"torch flash": speedup}, "goal": 1.6}
+    row |= {"us": {"fastgru": 1000.4, "torch flash": 1610.0}, "gflops": 99.0, "of_fma_peak": 0.8, "gb_per_s": 3.0}
+    summary = {"forward": {"shapes": 3, "geometric_mean": 1.5, "worst": 0.9, "below_one": 1}}
+    return {
+        **{
+            key: value for key, value in cpu_gru_record().items() if key in ("machine", "versions", "commit", "threads")
+        },
+        "benchmark": "cpu_attention",
+        "table": {"rows": [row]},
+        "sweep": {"rows": [], "summary": summary},
+        "memory": {"rows": [{"mode": "forward", "L": 1024, "bytes": {"fastgru": 2**20, "torch math": 2**21}}]},
+    }
+
+
 def suite_record() -> dict[str, Any]:
     stats = {"median": 5e-6, "q1": 4e-6, "q3": 6e-6}
     ours = {"problem": "T1", "peer": "fastgru", "p90_us": 6.26, "p99_us": 9.0, "gflops": 12.3, "of_limit": 0.5}
@@ -72,6 +89,7 @@ def root(tmp_path: Path) -> Path:
     for folder in ("benchmarks/results", "docs"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "benchmarks/results/cpu_gru.json").write_text(json.dumps(cpu_gru_record()))
+    (tmp_path / "benchmarks/results/cpu_attention.json").write_text(json.dumps(cpu_attention_record()))
     (tmp_path / "benchmarks/results/suite.json").write_text(json.dumps(suite_record()))
     (tmp_path / "docs/performance.md").write_text("# Performance\n\n<!-- results:all --><!-- /results -->\n")
     (tmp_path / "README.md").write_text(
@@ -108,6 +126,9 @@ def test_blocks_and_pictures_are_made_from_the_records(
     assert "| T1 | nn.GRU | 60.0 | 4.0-6.0 | 70.0 |  | 1 | 5% |  |  |" in page
     assert "| plain | 5.0 | 4.0-6.0 |" in page
     assert "| cpu | fma peak, GFLOP/s | 500 |\n| cpu | read from L1, GB/s | 400 |" in page
+    speed = "| 1, 8/2, 64, 32, 16 causal | forward | float32 | 1,000 | 1,610 |  | 1.61x (1.50-1.70) | 1.6x |"
+    assert f"{speed} 99 | 80% | 3 |" in page
+    assert "| forward | 3 | 1.50x | 0.90x | 1 |" in page and "| forward | 1024 | 1.0 |  | 2.0 |" in page
     assert "A CPU" in page and "torch 2.13.0" in page and "triton" not in page
     html = (root / "build/report.html").read_text()
     assert '<td class="number">2,500 (2.03x, 1.98-2.07)</td>' in html and "data:image/png;base64," in html
@@ -154,7 +175,7 @@ def test_prose_without_speeds_is_left_alone(report: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("gpu_gru", "the stored results have no 'gpu_gru', only cpu_gru, suite"),
+        ("gpu_gru", "the stored results have no 'gpu_gru', only cpu_attention, cpu_gru, suite"),
         ("cpu_gru.backward", "the stored results have no 'backward', only summary, forward, training"),
         ("cpu_gru#summary/nothing:.2f", "the stored results have no 'nothing', only forward beside nn.GRU"),
     ],
@@ -167,6 +188,6 @@ def test_a_block_without_a_result_is_an_error(report: ModuleType, root: Path, na
 def test_an_unknown_record_is_refused(report: ModuleType, root: Path) -> None:
     (root / "benchmarks/results/other.json").write_text('{"benchmark": "other"}')
     with pytest.raises(
-        SystemExit, match="neither of cpu_gru, cpu_conditions, demo nor of pytest-benchmark, but 'other'"
+        SystemExit, match="neither of cpu_gru, cpu_attention, cpu_conditions, demo nor of pytest-benchmark, but 'other'"
     ):
         report.Report(root)

@@ -39,6 +39,7 @@ struct Problem {
   int32_t wide;  // the compute type
 
   Problem(FASTGRU_ATTENTION_PARAMETERS) : dtype(tensor_dtype(query)) {
+    held.reserve(16);
     wide = dtype == DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
     STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "fastgru: expected [B, H, L, D]");
     s.B = query.size(0), s.Hq = query.size(1), s.Lq = query.size(2), s.D = query.size(3);

@@ -21,7 +21,7 @@ Rows are computed a chunk at a time, so memory is linear in the lengths. bfloat1
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -147,14 +147,20 @@ def _visible(a: Attention, start: int, stop: int) -> Tensor | None:
     return visible
 
 
+def _product_across(query: Tensor, key: Tensor) -> Tensor:
+    return query @ key.mT
+
+
 def _heads(a: Attention, tensor: Tensor) -> Tensor:
     """Key heads, wide and repeated for the query heads of their group."""
     return _wide(tensor).repeat_interleave(a.group, 1) if a.group > 1 else _wide(tensor)
 
 
-def _scores(a: Attention, key: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def _scores(
+    a: Attention, key: Tensor, start: int, stop: int, product: Callable[[Tensor, Tensor], Tensor] = _product_across
+) -> tuple[Tensor, Tensor]:
     """Of rows [start, stop): c and s, as the top of this file calls them."""
-    capped = _wide(a.query[:, :, start:stop]) @ key.mT * a.scale
+    capped = product(_wide(a.query[:, :, start:stop]), key) * a.scale
     if a.softcap > 0:
         capped = a.softcap * torch.tanh(capped / a.softcap)
     scores = capped
@@ -167,6 +173,14 @@ def _scores(a: Attention, key: Tensor, start: int, stop: int) -> tuple[Tensor, T
         scores = (scores + bias).masked_fill(bias == -torch.inf, -torch.inf)
     visible = _visible(a, start, stop)
     return capped, scores if visible is None else scores.masked_fill(~visible, -torch.inf)
+
+
+def hiding_scores(query: Tensor, key: Tensor) -> Tensor:
+    """query @ key^T, in which NaN and infinity reach the gradients only of what they meet in it."""
+    odd_query, odd_key = ~query.isfinite(), ~key.isfinite()
+    clean = query.masked_fill(odd_query, 0) @ key.masked_fill(odd_key, 0).mT
+    met = odd_query.any(-1).unsqueeze(-1) | odd_key.any(-1).unsqueeze(-2)
+    return torch.where(met, (query.detach() @ key.detach().mT), clean)
 
 
 def hiding_product(weights: Tensor, x: Tensor) -> Tensor:
@@ -189,9 +203,16 @@ def _check_lengths(a: Attention) -> None:
                 raise RuntimeError(f"{name}_lengths must lie in [0, {most}], got {low if low < 0 else high}")
 
 
-def _forward_rows(a: Attention, key: Tensor, value: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def _forward_rows(
+    a: Attention,
+    key: Tensor,
+    value: Tensor,
+    start: int,
+    stop: int,
+    product: Callable[[Tensor, Tensor], Tensor] = _product_across,
+) -> tuple[Tensor, Tensor]:
     """Output and lse of rows [start, stop), wide; differentiable by autograd."""
-    _, scores = _scores(a, key, start, stop)
+    _, scores = _scores(a, key, start, stop, product)
     top = scores.detach().amax(-1, keepdim=True)
     top = top.masked_fill(top == -torch.inf, 0)
     weights = torch.exp(scores - top)
@@ -225,8 +246,14 @@ def attention_differentiable(*arguments: Any) -> tuple[Tensor, Tensor]:
     if a.key.size(2) == 0:
         nothing = _wide(a.query).sum(-1) * 0
         return nothing.unsqueeze(-1).expand(*nothing.shape, a.value.size(3)).to(a.query.dtype), nothing - torch.inf
-    output, lse = _forward_rows(a, _heads(a, a.key), _heads(a, a.value), 0, a.query.size(2))
-    return output.to(a.query.dtype), lse
+    key, value = _heads(a, a.key), _heads(a, a.value)
+    if not a.hides:
+        output, lse = _forward_rows(a, key, value, 0, a.query.size(2))
+        return output.to(a.query.dtype), lse
+    output, lse = _forward_rows(a, key, value, 0, a.query.size(2), hiding_scores)
+    # What comes back for a row that saw nothing goes no further, NaN neither.
+    empty = (lse == -torch.inf).unsqueeze(-1)
+    return output.masked_fill(empty, 0).to(a.query.dtype), lse
 
 
 @outside_autocast

@@ -57,6 +57,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
             )
 
+        if key is not query and key_padding_mask is not None and key_padding_mask.dtype is torch.bool:
+            key, value = self._without_padding(key, value, key_padding_mask)
         q, k, v = self._project(query, key, value)
         mask = self._mask(query, key, key_padding_mask, attn_mask)
         # The hint says that attn_mask is the causal mask: then it need not be read.
@@ -84,6 +86,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not batched:
             return output.squeeze(0), weights
         return output if self.batch_first else output.transpose(0, 1), weights
+
+    def _without_padding(self, key: Tensor, value: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """NaN in the padding must not reach the gradients of the projections: zero times NaN is not zero."""
+        if padding.shape != key.shape[:2]:
+            return key, value  # an error, which _mask has the words for
+        shown = key.masked_fill(padding.unsqueeze(-1), 0)
+        return shown, shown if key is value else value.masked_fill(padding.unsqueeze(-1), 0)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, L, E] of each, with the learnt and the zero key and value at the end where there are any."""
@@ -194,6 +203,11 @@ class AttentionDecoder(Decoder):
 
         Shapes: states [B, T, hidden_dim], encoder_outputs [B, S, encoder_dim], both batch-major; result as states.
         """
+        if source_lengths is not None and torch.is_grad_enabled() and self.score != "dot":
+            # NaN in the padding must not reach the gradient of W_a or W_k: zero times NaN is not zero.
+            place = torch.arange(encoder_outputs.size(1), device=encoder_outputs.device)
+            padding = place >= source_lengths.to(place.device).unsqueeze(-1)
+            encoder_outputs = encoder_outputs.masked_fill(padding.unsqueeze(-1), 0)
         if self.score == "additive":
             keys = self.key(encoder_outputs)
             context = ops.additive_attention(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,8 @@ from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
 from fastgru.backends import registry
-from fastgru.backends.reference_attention import attention_differentiable, hiding_product
-from fastgru.ops.attention_schema import ATTENTION_OPS, AttentionOps
-from fastgru.ops.schema import call
+from fastgru.backends.reference_attention import attention_differentiable, hiding_product, hiding_scores
+from fastgru.ops.attention_schema import ATTENTION_OPS, TENSORS, AttentionFunction, AttentionOps
 
 _warned: set[str] = set()
 
@@ -38,6 +37,20 @@ def _choose(device: torch.device, dtype: torch.dtype) -> AttentionOps:
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    q, k, v = query.shape, key.shape, value.shape
+    # At once, because a small problem takes no longer than its checks; what is wrong is looked for below.
+    if (
+        (query.dtype is key.dtype is value.dtype)
+        and query.dtype.is_floating_point
+        and query.device == key.device == value.device
+        and len(q) == len(k) == len(v) == 4
+        and q[0] == k[0] == v[0]
+        and q[3] == k[3] > 0
+        and k[1:3] == v[1:3]
+        and k[1] > 0
+        and q[1] % k[1] == 0
+    ):
+        return
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 4:
             raise ValueError(f"{name} must be [B, H, L, D], got {t.dim()} dimensions: {tuple(t.shape)}")
@@ -59,8 +72,14 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"the {H} heads of query must be a multiple of the {heads} heads of key")
 
 
+def _tensor(name: str, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+
+
 def _broadcastable(name: str, t: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """As [B, Hq, Lq, Lk] with sizes of 1 where it is broadcast."""
+    _tensor(name, t)
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     if t.device != query.device:
         raise ValueError(f"{name} must be on {query.device}, got {t.device}")
@@ -73,11 +92,25 @@ def _broadcastable(name: str, t: Tensor, query: Tensor, key: Tensor) -> Tensor:
 def _lengths(name: str, lengths: Tensor | None, query: Tensor) -> Tensor | None:
     if lengths is None:
         return None
+    _tensor(name, lengths)
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype is torch.bool:
         raise ValueError(f"{name} must be integers, got {lengths.dtype}")
     if lengths.shape != query.shape[:1]:
         raise ValueError(f"{name} must have shape [B] = [{query.shape[0]}], got {list(lengths.shape)}")
     return lengths.to(query.device, torch.int64)
+
+
+def _run(ops: AttentionOps, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        result: tuple[Tensor, Tensor] = ops.forward(*arguments)
+        return result
+    if torch.is_grad_enabled():
+        q, k, v, bias = arguments[:4]
+        if q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad):
+            return AttentionFunction.apply(ops, arguments[TENSORS:], *arguments[:TENSORS])  # type: ignore[no-any-return, no-untyped-call]
+    # No gradient to record: below autograd, whose way through Python is longer than a small problem.
+    with torch._C._AutoDispatchBelowAutograd():
+        return ops.forward(*arguments)  # type: ignore[no-any-return]
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -161,7 +194,7 @@ def flash_attention(
         attn_mask: broadcastable to [B, Hq, Lq, Lk]. bool: True may be seen. Floating: added to the scores;
             -inf hides, as False does.
         bias: floating, broadcastable likewise, added to the scores. Has a gradient, as a floating attn_mask has.
-        dropout_p: probability in [0, 1) of dropping a weight. Its seed comes from torch's generator.
+        dropout_p: probability in [0, 1] of dropping a weight. Its seed comes from torch's generator.
         causal: no query sees a key beyond its diagonal.
         causal_align: "bottom_right": the diagonal ends at the last query and the last key; "top_left": it starts at the
             first ones. Also where ``window`` and ``alibi_slopes`` have their diagonal.
@@ -181,9 +214,13 @@ def flash_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit.
+        TypeError: something that is not a tensor in the place of one.
         RuntimeError: lengths out of range (on the CPU; on a GPU they are clamped).
         BackendUnavailable: the backend asked for cannot run this.
     """
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        for name, t in (("query", query), ("key", key), ("value", value)):
+            _tensor(name, t)
     query, key, value = _autocast(query, key, value)
     _check_tensors(query, key, value)
     if not enable_gqa and key.shape[1] != query.shape[1]:
@@ -192,13 +229,13 @@ def flash_attention(
         )
     if causal_align not in ("bottom_right", "top_left"):
         raise ValueError(f"causal_align must be 'bottom_right' or 'top_left', got {causal_align!r}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     if softcap < 0:
         raise ValueError(f"softcap must not be negative, got {softcap}")
+    if len(window) != 2 or any(isinstance(w, float) or w is None or w < -1 for w in window):
+        raise ValueError(f"window must be two whole numbers of keys, or -1 for no bound, got {tuple(window)}")
     left, right = window
-    if left < -1 or right < -1:
-        raise ValueError(f"window must be two numbers of keys, or -1 for no bound, got {tuple(window)}")
     if causal:
         right = 0
     mask = None
@@ -217,14 +254,17 @@ def flash_attention(
     if bias is not None:
         bias = bias.to(query.dtype)
     if alibi_slopes is not None:
+        _tensor("alibi_slopes", alibi_slopes)
         if alibi_slopes.shape not in ((query.shape[1],), (query.shape[0], query.shape[1])):
             raise ValueError(
                 f"alibi_slopes must be [Hq] = [{query.shape[1]}] or [B, Hq], got {list(alibi_slopes.shape)}"
             )
         wide = torch.float64 if query.dtype is torch.float64 else torch.float32
         alibi_slopes = alibi_slopes.detach().to(query.device, wide).view(-1, query.shape[1])
-    seed = None
-    if dropout_p > 0:
+    seed, everything = None, dropout_p == 1
+    if everything:
+        dropout_p = 0.0
+    elif dropout_p > 0:
         seed = torch.randint(-(2**63), 2**63 - 1, (), device=query.device)
     arguments = (
         query,
@@ -246,7 +286,10 @@ def flash_attention(
     if maybe_current_level() is not None or forward_ad._current_level >= 0:
         output, lse = attention_differentiable(*arguments)
     else:
-        output, lse = call(_choose(query.device, query.dtype).forward, *arguments)
+        output, lse = _run(_choose(query.device, query.dtype), arguments)
+    if everything:
+        # A mask, because zero times NaN is not zero.
+        output = output.masked_fill(torch.ones((), dtype=torch.bool, device=output.device), 0)
     return (output, lse) if return_lse else output
 
 
@@ -264,7 +307,7 @@ def scaled_dot_product_attention(
 
     Args:
         query: [..., L, E]; [..., H, L, E] with ``enable_gqa``.
-        key, value: [..., S, E] and [..., S, Ev], leading sizes as query's.
+        key, value: [..., S, E] and [..., S, Ev]. Leading sizes are broadcast, heads only without ``enable_gqa``.
         attn_mask: broadcastable to [..., L, S]: bool, True may be seen, or floating, added to the scores.
         is_causal: a query sees the keys up to its own index (the diagonal starts at the top left).
 
@@ -277,10 +320,52 @@ def scaled_dot_product_attention(
     """
     if attn_mask is not None and is_causal:
         raise RuntimeError("scaled_dot_product_attention: attn_mask and is_causal must not both be set")
+    if not query.dim() == key.dim() == value.dim() == 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return _broadcast_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return flash_attention(
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        causal=is_causal,
+        causal_align="top_left",
+        scale=scale,
+    )
+
+
+def _broadcast_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """scaled_dot_product_attention of any leading sizes."""
+    tensors = {"query": query, "key": key, "value": value}
+    for name, t in tensors.items():
+        if t.dim() < (3 if enable_gqa else 2):
+            raise ValueError(f"{name} must have at least {3 if enable_gqa else 2} dimensions, got {list(t.shape)}")
+    if enable_gqa and key.shape[-3] != value.shape[-3]:
+        heads = query.shape[-3]
+        if any(t.shape[-3] == 0 or heads % t.shape[-3] for t in (key, value)):
+            raise ValueError(
+                f"the {heads} heads of query must be a multiple of the {key.shape[-3]} heads of key and of the "
+                f"{value.shape[-3]} of value"
+            )
+        key, value = (t.repeat_interleave(heads // t.shape[-3], -3) for t in (key, value))
+    # Leading sizes are broadcast; with enable_gqa those before the heads.
+    kept = 3 if enable_gqa else 2
+    try:
+        lead = torch.broadcast_shapes(*(t.shape[:-kept] for t in (query, key, value)))
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items())
+        raise ValueError(f"the leading sizes must fit each other, got {shapes}") from None
+    query, key, value = (t.expand(*lead, *t.shape[-kept:]) for t in (query, key, value))
     lead = query.shape[:-2]
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if t.dim() != query.dim() or t.dim() < 2:
-            raise ValueError(f"query, key and value must have as many dimensions, at least 2, got {name} {t.dim()}-D")
 
     def four(t: Tensor) -> Tensor:
         return t.flatten(0, -4) if t.dim() > 4 else t[(None,) * (4 - t.dim())]
@@ -316,7 +401,8 @@ def attention_weights(
         no key has weights and output of 0.
     """
     query, key, value = _autocast(query, key, value)
-    scores = (query / math.sqrt(query.shape[-1])) @ key.mT
+    scaled = query / math.sqrt(query.shape[-1])
+    scores = scaled @ key.mT if mask is None else hiding_scores(scaled, key)
     if mask is not None and mask.dtype is torch.bool:
         scores = scores.masked_fill(~mask, -torch.inf)
     elif mask is not None:

@@ -24,8 +24,9 @@ _ARGUMENTS = (
     "int window_right, bool bottom_right"
 )
 _COUNT = len(Attention._fields)
-# Arguments that have a gradient: query, key, value and bias come first.
+# Arguments that have a gradient: query, key, value and bias come first. Then other tensors, then numbers.
 _DIFFERENTIABLE = 4
+TENSORS = 9
 
 
 class AttentionOps(NamedTuple):
@@ -51,35 +52,56 @@ def _fake_backward(
     return query, key, value, a.query.new_empty(a.bias.shape if wants_bias and a.bias is not None else 0)
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
-    """Tensors (or None) and numbers."""
-    tensors = [t for t in arguments if t is None or isinstance(t, Tensor)]
-    return tensors, [t for t in arguments if t is not None and not isinstance(t, Tensor)]
-
-
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    tensors, ctx.numbers = _split(inputs)
-    ctx.save_for_backward(*tensors, *output)
+    ctx.numbers = inputs[TENSORS:]
+    ctx.save_for_backward(*inputs[:TENSORS], *output)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     # Neither output, lse nor the flag: nothing is differentiated through those.
-    tensors, ctx.numbers = _split(inputs[: 2 + _COUNT])
+    ctx.numbers = inputs[2 + TENSORS : 2 + _COUNT]
     ctx.has_bias_grad = inputs[-1]
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[: 2 + TENSORS])
+
+
+def _run_backward(
+    ops: AttentionOps, ctx: Any, need: tuple[bool, ...], grad_output: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of query, key, value and bias, None for those not needed."""
+    *tensors, output, lse = ctx.saved_tensors
+    grads = call(ops.backward, grad_output, grad_lse, *tensors, *ctx.numbers, output, lse, need[3])
+    return tuple([grad if needed else None for grad, needed in zip(grads, need, strict=False)])
 
 
 def _forward_backward(ops: AttentionOps) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, output, lse = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        grads = call(ops.backward, grad_output, grad_lse, *tensors, *ctx.numbers, output, lse, need[3])
-        wanted = [grad if needed else None for grad, needed in zip(grads, need, strict=False)]
-        return *wanted, *[None] * (_COUNT - _DIFFERENTIABLE)
+        grads = _run_backward(ops, ctx, ctx.needs_input_grad, grad_output, grad_lse)
+        return *grads, *[None] * (_COUNT - _DIFFERENTIABLE)
 
     return backward
+
+
+class AttentionFunction(torch.autograd.Function):
+    """What the forward operator's autograd does, at a fraction of its cost per call: for eager mode.
+
+    Arguments: the operators, those of the forward operator that are no tensors, as one tuple, and the tensors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ops: AttentionOps, numbers: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output: tuple[Tensor, Tensor] = ops.forward(*tensors, *numbers)
+        ctx.set_materialize_grads(False)
+        ctx.ops, ctx.numbers = ops, numbers
+        ctx.save_for_backward(*tensors, *output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = _run_backward(ctx.ops, ctx, ctx.needs_input_grad[2 : 2 + _DIFFERENTIABLE], *grads)
+        return None, None, *found, None, None, None, None, None
 
 
 def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
