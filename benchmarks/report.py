@@ -146,9 +146,9 @@ def cpu_attention(record: dict[str, Any]) -> Section:
         None,
         [
             "Microseconds per call, medians; beside the better of torch's two backends, flash and math, with "
-            "quartiles. Forward is inference; training is forward and backward. The peak is that of float32 multiply-adds, "
-            "measured beside each row; products of bfloat16 may exceed it. GB/s: query, key, value and output, once "
-            "each, by the time.",
+            "quartiles. Forward is inference; training is forward and backward. The peak is that of float32 "
+            "multiply-adds, measured beside each row; products of bfloat16 may exceed it. GB/s: query, key, value and "
+            "output, once each, by the time.",
             "Random shapes draw B to 8, up to 32 heads, also grouped, lengths to 1024, D to 128, causal or not, with "
             "and without masks, float32 and bfloat16. Memory is the peak of one call in float32 with one head and 64 "
             "columns, its tensors included, beyond what the process held before.",
