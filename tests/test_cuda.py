@@ -6,12 +6,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from emulation.build import load
+from test_cuda_emulation import DTYPES, raw
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -173,6 +176,58 @@ EXACT = [dataclasses.replace(problem, dtype=torch.float32) for problem in PROBLE
 @pytest.mark.parametrize("problem", PROBLEMS if HAS_GPU else PROBLEMS + EXACT, ids=str)
 def test_parity(chosen: Any, problem: GruProblem, save_gates: bool) -> None:
     assert_parity(dataclasses.replace(problem, device=DEVICE), save_gates)
+
+
+class EmulatedKernels(TorchKernels):
+    """The kernels themselves, on the CPU: see test_cuda_emulation.py."""
+
+    def __init__(self, loop: str) -> None:
+        self.rows = load("grid_emulation")
+        self.loop = load("emulation") if loop == "cluster" else self.rows
+        self.options = {"cluster": 4} if loop == "cluster" else {"each_direction": False}
+
+    def how(self, layer: Layer, dtype: torch.dtype) -> dict[str, Any]:
+        name = next(name for name, known in DTYPES.items() if known == dtype)
+        given = {"precision": name, "T": len(layer.sizes), "rows": raw(layer.table), "w_hh": raw(layer.w_hh)}
+        return given | {"column_tiles": 1, "seed": 0} | self.options
+
+    def forward(self, layer: Layer, projected: Tensor, output: Tensor, h_n: Tensor, gates: Tensor | None) -> None:
+        self.loop.forward(
+            i=raw(projected), b_ih=raw(layer.b_ih), b_hh=raw(layer.b_hh), hx=raw(layer.hx), output=raw(output),
+            h_n=raw(h_n), gates=raw(gates), **self.how(layer, output.dtype),
+        )  # fmt: skip
+
+    def previous_states(self, layer: Layer, output: Tensor, previous: Tensor) -> None:
+        self.rows.previous_states(len(layer.sizes), raw(output), raw(layer.hx), raw(layer.table), raw(previous))
+
+    def gates(self, layer: Layer, projected: Tensor, recurrent: Tensor, gates: Tensor) -> None:
+        name = self.how(layer, gates.dtype)["precision"]
+        i = projected.view(recurrent.shape)
+        self.rows.gates(name, raw(i), raw(recurrent), raw(layer.b_ih), raw(layer.b_hh), raw(gates))
+
+    def backward(
+        self, layer: Layer, grad_output: Tensor | None, grad_h_n: Tensor | None, previous: Tensor, gates: Tensor,
+        grad_gates: Tensor, grad_hx: Tensor,
+    ) -> None:  # fmt: skip
+        self.loop.backward(
+            grad_output=raw(grad_output), grad_h_n=raw(grad_h_n), previous=raw(previous), gates=raw(gates),
+            grad_gates=raw(grad_gates), grad_hx=raw(grad_hx), **self.how(layer, grad_hx.dtype),
+        )  # fmt: skip
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the kernels run on the GPU")
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler for the emulation")
+@pytest.mark.parametrize("save_gates", [True, False], ids=["saved", "recomputed"])
+@pytest.mark.parametrize("loop, H, dtype", [("cluster", 131, BRAIN), ("grid", 33, BRAIN), ("grid", 40, HALF)])
+def test_parity_of_the_emulated_kernels(
+    chosen: Any, monkeypatch: pytest.MonkeyPatch, loop: str, H: int, dtype: torch.dtype, save_gates: bool
+) -> None:
+    """From the module down to the kernels' source."""
+    monkeypatch.setattr(cuda.operators, "kernels", EmulatedKernels(loop))
+    packed = save_gates
+    assert_parity(
+        GruProblem(H=H, I=9, T=4, B=3, bidirectional=True, packed=packed, bias=packed, dtype=dtype), save_gates
+    )
 
 
 def layer(

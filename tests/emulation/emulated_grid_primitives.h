@@ -32,8 +32,9 @@ enum class GridFault {
 
 struct Exchange {
   struct Set {
-    int thread, fences;
+    int fences;
     uint32_t* at;
+    bool lazy;  // takes much longer than most
     std::vector<uint32_t> words;
   };
   struct Version {
@@ -60,7 +61,9 @@ struct Exchange {
     if (fault == GridFault::never_cleared && is_victim() && empty) return;
     if (fault == GridFault::lost_word && is_victim() && !empty && --lost == 0) return;
     idle = 0;
-    waiting.push_back({self(), fences[self()], at, {words, words + n}});
+    std::vector<Set>& sets = waiting[self()];
+    if (sets.empty()) active.push_back(self());
+    sets.push_back({fences[self()], at, random() % 8 == 0, {words, words + n}});
     machine().hesitate();
   }
 
@@ -68,7 +71,7 @@ struct Exchange {
     // The machine cannot see that all of its threads look for what never comes.
     if (++idle > 3'000'000) machine().fail("looked for a word that never came");
     machine().hesitate();
-    if (!waiting.empty() && random() % delay == 0) arrive();
+    if (!active.empty() && random() % delay == 0) arrive();
     for (int i = 0; i < n; ++i) {
       machine().check_global(at + i, 4, false);
       const auto found = history.find(at + i);
@@ -90,19 +93,24 @@ struct Exchange {
     if (fault != GridFault::no_fence_before_looking) horizon[self()] = now;
   }
 
-  // Lets one of the words that were set be seen.
+  // Lets one of the words that were set be seen, or none.
   void arrive() {
-    size_t index = random() % waiting.size();
-    for (size_t i = 0; i < waiting.size(); ++i) {
-      const Set &one = waiting[i], &chosen = waiting[index];
-      // What the same thread set in the same place comes in order.
-      if (one.thread == chosen.thread && (one.fences < chosen.fences || (one.at == chosen.at && i < index))) {
-        index = i;
-        i = size_t(-1);
-      }
+    const size_t at = random() % active.size();
+    std::vector<Set>& sets = waiting[active[at]];
+    // Those before the thread's next fence; what it set in one place comes in order.
+    size_t end = 0;
+    while (end < sets.size() && sets[end].fences == sets[0].fences) ++end;
+    size_t index = random() % end;
+    for (size_t i = 0; i < index; ++i)
+      if (sets[i].at == sets[index].at) index = i;
+    if (sets[index].lazy && random() % 256 != 0) return;
+    idle = 0;
+    const Set set = sets[index];
+    sets.erase(sets.begin() + long(index));
+    if (sets.empty()) {
+      active[at] = active.back();
+      active.pop_back();
     }
-    const Set set = waiting[index];
-    waiting.erase(waiting.begin() + long(index));
     ++now;
     for (size_t i = 0; i < set.words.size(); ++i) {
       std::vector<Version>& versions = history[set.at + i];
@@ -116,7 +124,8 @@ struct Exchange {
   GridFault fault;
   int lost;
   uint64_t delay, now = 0, idle = 0;
-  std::vector<Set> waiting;
+  std::map<int, std::vector<Set>> waiting;  // of each thread
+  std::vector<int> active;                  // the threads of which any wait
   std::map<int, int> fences;
   std::map<int, uint64_t> horizon;
   std::map<const uint32_t*, std::vector<Version>> history;
