@@ -126,6 +126,36 @@ def test_architectures_become_compiler_options() -> None:
         flags("8.0;sm_90")
 
 
+@pytest.mark.parametrize(("jobs", "at_a_time"), [("1", 1), ("3", 3)])
+def test_kernels_are_compiled_for_the_architectures_asked_for_and_so_many_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, jobs: str, at_a_time: int
+) -> None:
+    # A compiler that counts how many of it run while it does.
+    running = tmp_path / "running"
+    running.mkdir()
+    nvcc = tmp_path / "home/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "release 12.6, V12.6.1" && exit\necho "$@" >> {tmp_path}/lines\n'
+        f"touch {running}/$$\nsleep 0.5\nls {running} | wc -l >> {tmp_path}/counts\nsleep 0.5\nrm {running}/$$\n"
+    )
+    nvcc.chmod(0o755)
+    compile_kernels = setup_py()["compile_kernels"]
+    monkeypatch.setitem(compile_kernels.__globals__, "KERNELS", [Path(f"csrc/cuda/{name}.cu") for name in "abc"])
+    monkeypatch.setenv("MAX_JOBS", jobs)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    objects = compile_kernels(tmp_path / "home", tmp_path / "out", ["/headers"])
+    assert objects == [str(tmp_path / f"out/csrc/cuda/{name}.o") for name in "abc"]
+    assert max(map(int, (tmp_path / "counts").read_text().split())) == at_a_time
+    lines = (tmp_path / "lines").read_text().splitlines()
+    assert len(lines) == 3
+    # CUDA 12.6 knows nothing of 10.0.
+    assert all("code=sm_80" in line and "code=compute_90 " in line and "100" not in line for line in lines)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "10.0")
+    compile_kernels(tmp_path / "home", tmp_path / "out", [])
+    assert "code=sm_100 " in (tmp_path / "lines").read_text().splitlines()[-1]
+
+
 def test_the_cuda_part_is_asked_for_or_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
