@@ -141,10 +141,10 @@ def attention_backward_keys(
             i = i0 + tl.arange(0, BLOCK_M)
             row = (b64 * heads + h) * queries + i
             seen = i[:, None] < q_length
-            at = q + b64 * q_b + h64 * q_h + i[:, None].to(tl.int64) * q_l + d[None, :]
-            q_tile = tl.load(at, mask=seen & (d[None, :] < columns), other=0.0)
-            at = d_out + b64 * do_b + h64 * do_h + i[:, None].to(tl.int64) * do_l + dc[None, :]
-            do_tile = tl.load(at, mask=seen & (dc[None, :] < value_columns), other=0.0)
+            q_at = q + b64 * q_b + h64 * q_h + i[:, None].to(tl.int64) * q_l + d[None, :]
+            q_tile = tl.load(q_at, mask=seen & (d[None, :] < columns), other=0.0)
+            do_at = d_out + b64 * do_b + h64 * do_h + i[:, None].to(tl.int64) * do_l + dc[None, :]
+            do_tile = tl.load(do_at, mask=seen & (dc[None, :] < value_columns), other=0.0)
             row_lse = tl.load(lse + row, mask=i < q_length, other=float("-inf"))
             row_delta = tl.load(delta + row, mask=i < q_length, other=0.0)
             dropped, _, dx = score_gradients(

@@ -2,9 +2,10 @@
 
     m' = max(m, max_j s)    l' = l e^(m - m') + sum_j e^(s - m')    o' = o e^(m - m') + sum_j drop(e^(s - m')) v_j
 
-One program per tile of queries of one head; the scores are those of attn_common.py. Pointers:
+One program per tile of queries of one head and per split of its keys; the scores are those of attn_common.py. With
+several splits (few queries, many keys) each writes its own out and lse, in float32, which the caller joins. Pointers:
     q [B, Hq, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv], out [B, Hq, Lq, Dv]: any strides but that of the last, 1
-    lse [B, Hq, Lq] contiguous, float32
+    lse [B, Hq, Lq] contiguous, float32; of split n: out and lse lie split_o and split_lse elements further each
     bias, mask: [B, Hq, Lq, Lk], strides 0 where broadcast; slopes [B or 1, Hq] float32; q_lengths, k_lengths [B] int64
     seed: one int64
 Saved for backward: out and lse.
@@ -18,7 +19,7 @@ from fastgru.kernels.attn_common import dropout_keep, finite, hide, key_range, l
 @triton.jit
 def attention_forward(
     q, k, v, out, lse, bias, mask, slopes, q_lengths, k_lengths, seed,
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, split_o, split_lse,
     bias_b, bias_h, bias_l, bias_k, mask_b, mask_h, mask_l, mask_k, slope_b,
     heads, group, queries, keys, columns, value_columns,
     scale, softcap, window_left, window_right, drop_below, keep_scale,
@@ -47,6 +48,12 @@ def attention_forward(
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     begin, end = key_range(i0, q_length, k_length, diagonal, window_left, window_right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+    split = tl.program_id(1)
+    share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N), tl.num_programs(1)) * BLOCK_N
+    begin += split * share
+    end = tl.minimum(end, begin + share)
+    out += split.to(tl.int64) * split_o
+    lse += split.to(tl.int64) * split_lse
     for j0 in range(begin, end, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
         exists = j[:, None] < k_length

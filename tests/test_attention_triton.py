@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_triton_compiles import disassemble
 from torch import Tensor
 
 from fastgru.backends import reference_attention, triton_attention
@@ -40,6 +42,18 @@ SIZES = {"B": 2, "Hq": 4, "Hk": 2, "Lq": 37, "Lk": 70, "D": 8, "Dv": 20}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "one query": {"Lq": 1},
+    "one query, split keys": {"B": 1, "Lq": 1, "Lk": 300, "Hq": 2},
+    "few queries, split keys": {
+        "Lq": 3,
+        "Lk": 400,
+        "Hq": 2,
+        "heads_last": True,
+        "k_lengths": [0, 300],
+        "window_right": 2,
+        "window_left": 200,
+        "softcap": 2.0,
+        "dropout_p": 0.3,
+    },
     "odd columns": {"D": 33, "Dv": 3, "Hq": 3, "Hk": 1},
     "causal, more keys": {"window_right": 0},
     "causal, more queries": {"window_right": 0, "Lq": 70, "Lk": 37},
@@ -109,7 +123,7 @@ def run(backend: Any, a: Attention, seeds: tuple[Tensor, Tensor], dtype: torch.d
     return [t.double() for t in (output, lse, *grads)]
 
 
-HALF = ("plain", "causal, more keys", "bias of heads", "dropout", "all")
+HALF = ("plain", "few queries, split keys", "causal, more keys", "bias of heads", "dropout", "all")
 
 
 @interpreted
@@ -134,6 +148,21 @@ def test_like_the_reference(name: str, dtype: torch.dtype) -> None:
         # float16: the reference keeps the weights in float32, a tensor core takes them in float16.
         multiple = 3 if dtype == torch.float32 else 8
         assert error <= multiple * their_error + 4 * torch.finfo(dtype).eps * largest, (index, error, their_error)
+
+
+@interpreted
+def test_keys_are_split_for_few_queries_only() -> None:
+    for sizes, want in (
+        ({"B": 1, "Hq": 2, "Lq": 1, "Lk": 300}, 2),
+        ({"Lq": 1, "Lk": 70}, 1),
+        ({"Lq": 1, "Lk": 10**4}, 32),
+    ):
+        sizes = {**SIZES, **sizes}
+        sizes["Hk"] = sizes["Hq"]
+        launch = triton_attention._Launch(problem(sizes, torch.float32))
+        assert triton_attention._splits(launch) == want
+    many = triton_attention._Launch(problem({"B": 8, "Lq": 600, "Lk": 600}, torch.float32))
+    assert triton_attention._splits(many) == 1
 
 
 @interpreted
@@ -182,29 +211,51 @@ POINTERS = {name: "*bf16" for name in ("q", "k", "v", "out", "d_out", "dq", "dk"
 POINTERS |= {name: "*fp32" for name in ("lse", "delta", "d_bias", "slopes")}
 POINTERS |= {"mask": "*i8", "seed": "*i64", "q_lengths": "*i64", "k_lengths": "*i64"}
 NUMBERS = {"scale": "fp32", "softcap": "fp32", "keep_scale": "fp32", "drop_below": "i64"}
-# Compute capability: bytes of shared memory of a program, and the instruction that multiplies.
-TARGETS = {80: (166_912, "mma.sync"), 90: (232_448, "wgmma"), 100: (232_448, "tcgen05")}
+LIGHT = ("BOTTOM_RIGHT", "LEFT", "RIGHT", "HAS_Q", "HAS_K")
+# Bytes of shared memory that one block may have, and the matrix instruction of a tile of 64 rows.
+TARGETS = {80: (163 * 1024, "HMMA"), 90: (227 * 1024, "HGMMA"), 100: (227 * 1024, "UTCHMMA")}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
-@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize(
+    "capability, columns, light",
+    [
+        (80, 64, True),
+        (80, 128, False),
+        (90, 64, False),
+        (90, 128, True),
+        (100, 64, True),
+    ],
+)
 @pytest.mark.parametrize("name", ["attention_forward", "attention_backward_queries", "attention_backward_keys"])
-def test_compiles_without_a_gpu(name: str, capability: int) -> None:
+def test_compiles_without_a_gpu(name: str, capability: int, columns: int, light: bool, tmp_path: Path) -> None:
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = getattr(triton_attention._module("attn_fwd" if name == "attention_forward" else "attn_bwd"), name)
-    sizes = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_DV": 64, "PRECISION": "ieee"}
+    block_m, block_n, keys_blocks = triton_attention.blocks(columns, light)
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": columns, "BLOCK_DV": columns, "PRECISION": "ieee"}
+    if name == "attention_backward_keys":
+        sizes |= keys_blocks
     # Every other constant turns a feature on.
-    constants = {arg: sizes.get(arg, True) for arg in kernel.arg_names if arg.isupper()}
+    names = kernel.arg_names
+    constants = {arg: sizes.get(arg, not light or arg in LIGHT) for arg in names if arg.isupper()}
     signature = {
-        arg: "constexpr" if arg in constants else POINTERS.get(arg) or NUMBERS.get(arg, "i32")
-        for arg in kernel.arg_names
+        arg: "constexpr" if arg in constants else POINTERS.get(arg) or NUMBERS.get(arg, "i32") for arg in names
     }
-    constexprs = {(kernel.arg_names.index(arg),): value for arg, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
+    constexprs = {(names.index(arg),): value for arg, value in constants.items()}
+    # As Triton finds them for contiguous tensors.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, arg in enumerate(names)
+        if signature[arg].startswith("*") or arg in ("q_l", "k_l", "v_l", "o_l", "do_l", "dq_l", "dk_l", "dv_l")
+    }
+    source = ASTSource(kernel, signature, constexprs, aligned)
     compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=dict(triton_attention._OPTIONS))
     most, instruction = TARGETS[capability]
     assert compiled.metadata.shared <= most
-    assert instruction in compiled.asm["ptx"]
+    code = disassemble(compiled, tmp_path)
+    assert not re.findall(r"\b(?:LDL|STL)\b.*", code)
+    found = set(re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", code))
+    assert found and (instruction in found or sizes["BLOCK_M"] < 64), found

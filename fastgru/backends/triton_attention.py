@@ -13,7 +13,11 @@ from torch import Tensor
 from fastgru.backends.reference_attention import Attention, dropout_threshold, empty_like_layout
 
 # Said outright, because Triton's defaults change from one release to the next.
-_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+_OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+
+
+# Few queries and many keys: their tiles are split until so many programs run, each with so many tiles of keys.
+_PROGRAMS, _LEAST_TILES, _MOST_SPLITS = 256, 4, 32
 
 
 @functools.cache
@@ -28,6 +32,17 @@ def _rows(t: Tensor) -> Tensor:
 
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:3]]
+
+
+def blocks(columns: int, light: bool) -> tuple[int, int, dict[str, int]]:
+    """BLOCK_M and BLOCK_N of the kernels, and both of the kernel by keys, for heads of so many columns.
+
+    The largest with which nothing spills: float32 tiles, wide heads and all that shapes scores but lengths and windows
+    (what is not ``light``) take more registers; so do the two sums of the kernel by keys.
+    """
+    if not light or columns > 128:
+        return 32, 32, {"BLOCK_M": 32, "BLOCK_N": 32}
+    return 64, 64, {"BLOCK_M": 32, "BLOCK_N": 64 if columns == 128 else 32}
 
 
 class _Launch:
@@ -58,9 +73,9 @@ class _Launch:
             1 / (1 - a.dropout_p),
         )
         columns, value_columns = (max(16, 1 << (n - 1).bit_length()) for n in (D, Dv))
-        # float32 tiles take twice the shared memory; so do wide heads.
-        small = max(columns, value_columns) > 128 or a.query.dtype == torch.float32
-        self.block_m = self.block_n = 32 if small else 64
+        shapes = (a.bias, a.mask, a.alibi_slopes, a.dropout_seed)
+        light = a.softcap == 0 and all(t is None for t in shapes) and a.query.dtype != torch.float32
+        self.block_m, self.block_n, self.keys_blocks = blocks(max(columns, value_columns), light)
         self.constants: dict[str, Any] = {
             "BOTTOM_RIGHT": a.bottom_right,
             "SOFTCAP": a.softcap > 0,
@@ -78,12 +93,13 @@ class _Launch:
             "BLOCK_D": columns,
             "BLOCK_DV": value_columns,
         }
+        self.key_tiles = -(-Lk // self.block_n)
         self.query_programs = B * heads * -(-Lq // self.block_m)
-        self.key_programs = B * a.key.size(1) * -(-Lk // self.block_n)
+        self.key_programs = B * a.key.size(1) * -(-Lk // self.keys_blocks["BLOCK_N"])
 
-    def __call__(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    def __call__(self, kernel: Any, programs: int, *arguments: Any, splits: int = 1, **constants: Any) -> None:
         if programs:
-            kernel[(programs,)](*arguments, *self.scalars, **self.constants, **constants, **_OPTIONS)
+            kernel[(programs, splits)](*arguments, *self.scalars, **{**self.constants, **constants}, **_OPTIONS)
 
 
 def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -92,10 +108,40 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     launch = _Launch(a)
     output = empty_like_layout(a.query, a.value.size(3))
     lse = torch.empty(a.query.shape[:3], dtype=torch.float32, device=a.query.device)
-    tensors = (launch.query, launch.key, launch.value, output)
     kernel = _module("attn_fwd").attention_forward
-    launch(kernel, launch.query_programs, *tensors, lse, *launch.pointers, *_strides(*tensors))
+    splits = _splits(launch)
+    out, parts = output.unsqueeze(0), lse.unsqueeze(0)
+    if splits > 1:
+        out, parts = (torch.empty((splits, *t.shape), dtype=torch.float32, device=t.device) for t in (output, lse))
+    tensors = (launch.query, launch.key, launch.value, out[0])
+    # From one split to the next.
+    steps = (out.stride(0), parts.stride(0))
+    launch(
+        kernel,
+        launch.query_programs,
+        *(*tensors, parts, *launch.pointers, *_strides(*tensors), *steps),
+        splits=splits,
+    )
+    if splits > 1:
+        _join(out, parts, output, lse)
     return output, lse
+
+
+def _splits(launch: _Launch) -> int:
+    """Into how many parts the keys of a tile of queries are cut: enough programs to fill a GPU, and no part too small.
+    A fixed number of programs stands for the GPU, so that results do not depend on it."""
+    parts = min(_PROGRAMS // max(1, launch.query_programs), launch.key_tiles // _LEAST_TILES)
+    return max(1, min(parts, _MOST_SPLITS))
+
+
+def _join(out: Tensor, parts: Tensor, output: Tensor, lse: Tensor) -> None:
+    """Adds up the splits, weighted by their share of the sum of exponentials: a fixed order, so deterministic."""
+    top = parts.amax(0)
+    weights = torch.exp(parts - top.masked_fill(top == -torch.inf, 0))
+    total = weights.sum(0)
+    lse.copy_(top + torch.log(total.masked_fill(total == 0, 1)))
+    shares = weights / total.masked_fill(total == 0, 1)
+    output.copy_((out * shares.unsqueeze(-1)).sum(0))
 
 
 def attention_backward(
@@ -127,6 +173,7 @@ def attention_backward(
         kernels.attention_backward_keys,
         launch.key_programs,
         *(*tensors, lse, delta, d_key, d_value, *launch.pointers, *_strides(*tensors, d_key, d_value)),
+        **launch.keys_blocks,
     )
     if wants_bias and a.bias is not None:
         d_scores = d_scores.sum_to_size(a.bias.shape)
