@@ -145,7 +145,7 @@ def cpu_attention(record: dict[str, Any]) -> Section:
         tables,
         None,
         [
-            "Microseconds per call, medians; beside the better of torch's two backends, flash and math, with "
+            "Microseconds per call, medians; beside the better of torch's backends, flash and math, with "
             "quartiles. Forward is inference; training is forward and backward. The peak is that of float32 "
             "multiply-adds, measured beside each row; products of bfloat16 may exceed it. GB/s: query, key, value and "
             "output, once each, by the time.",
