@@ -42,6 +42,10 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, directory = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
     skipped = shutil.ignore_patterns(".*", "build", "dist", "site", "runs", "__pycache__", "*.egg-info", "*.so")
     shutil.copytree(ROOT, source, ignore=skipped, dirs_exist_ok=True)
+    for folder in ("tests/whitebox/build", "benchmarks/build"):
+        (source / folder).mkdir()
+        for left in ("lock", "probe.o", "probe.so"):
+            (source / folder / left).touch()
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(directory)!r})"
     run(sys.executable, "-c", code, cwd=source, FASTGRU_CUDA="0")
     (path,) = directory.glob("*.tar.gz")
@@ -56,7 +60,7 @@ def test_the_sdist_holds_every_source(sdist: Path) -> None:
             if path.suffix in SOURCE_SUFFIXES and "build" not in path.parts:
                 assert path.relative_to(ROOT).as_posix() in inside
     assert {"setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "Makefile"} <= inside
-    assert not [name for name in inside if name.endswith((".so", ".pyc"))]
+    assert not [name for name in inside if name.endswith((".so", ".o", ".pyc")) or "/build/" in name]
 
 
 def test_every_file_of_the_package_is_shipped() -> None:
