@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "device.h"
+#include "launch.h"
 
 namespace fastgru {
 namespace {
@@ -25,4 +26,6 @@ int64_t cuda_code_architecture(int64_t device) {
 STABLE_TORCH_LIBRARY_IMPL(fastgru, CompositeExplicitAutograd, m) {
   m.impl("cuda_versions", TORCH_BOX(&fastgru::cuda_versions));
   m.impl("cuda_code_architecture", TORCH_BOX(&fastgru::cuda_code_architecture));
+  m.impl("cuda_load", TORCH_BOX(&fastgru::cuda_load));
+  m.impl("cuda_launch", TORCH_BOX(&fastgru::cuda_launch));
 }

@@ -259,3 +259,8 @@ LIBRARY.define("cpu_set_poison(bool on) -> ()")
 LIBRARY.define("cpu_set_chunk_tokens(int tokens) -> ()")
 LIBRARY.define("cuda_versions() -> (int runtime, int driver)")
 LIBRARY.define("cuda_code_architecture(int device) -> int")
+LIBRARY.define("cuda_load(str path, str symbol, int device, int shared) -> ()")
+LIBRARY.define(
+    "cuda_launch(Tensor(a!)[] tensors, str path, str symbol, int device, int programs, int threads, int shared, "
+    "int[] plan, float[] numbers) -> ()"
+)
