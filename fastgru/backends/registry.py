@@ -41,6 +41,7 @@ class Backend:
         supports: None, or why it does not take tensors of this device type and dtype.
         wins: where it is not always faster than those of lower priority: whether it is, for a problem of these sizes,
             or by and large.
+        attention_only: it has no GRU, and ``auto`` takes it for the attention that it was measured to be faster for.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Backend:
     available: Callable[[], str | None]
     supports: Callable[[str, torch.dtype], str | None]
     wins: Callable[[torch.device, torch.dtype, Sizes | None], bool] | None = None
+    attention_only: bool = False
 
     def why_not(self, device: str, dtype: torch.dtype) -> str | None:
         """None when this backend can run the problem, else the reason."""
@@ -73,6 +75,10 @@ def register(backend: Backend) -> None:
 def backends() -> list[Backend]:
     """Every known backend, best first."""
     return sorted(_backends.values(), key=lambda backend: -backend.priority)
+
+
+def _of_everything() -> list[Backend]:
+    return [backend for backend in backends() if not backend.attention_only]
 
 
 def requested() -> str:
@@ -149,7 +155,7 @@ def fastest(device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> Ba
     best = select(device, dtype)
     if requested() != AUTO:
         return best
-    usable = [b for b in backends() if b.priority <= best.priority and b.why_not(device.type, dtype) is None]
+    usable = [b for b in _of_everything() if b.priority <= best.priority and b.why_not(device.type, dtype) is None]
     return next((b for b in usable if b.wins is None or b.wins(device, dtype, sizes)), best)
 
 
@@ -161,13 +167,13 @@ def _choose(device_or_type: torch.device | str, dtype: torch.dtype) -> Backend:
         if reason is not None:
             raise BackendUnavailable(f"backend {name!r} cannot run {dtype} on {device}: {reason}")
         return _backends[name]
-    reasons = {backend.name: backend.why_not(device, dtype) for backend in backends()}
-    usable = [backend for backend in backends() if reasons[backend.name] is None]
+    reasons = {backend.name: backend.why_not(device, dtype) for backend in _of_everything()}
+    usable = [backend for backend in _of_everything() if reasons[backend.name] is None]
     if not usable:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise BackendUnavailable(f"no backend can run {dtype} on {device} ({listed})")
     # Backends made for other devices are not a loss worth a warning; those made for this one are.
-    passed_over = [b for b in backends() if b.priority > usable[0].priority and device in b.devices]
+    passed_over = [b for b in _of_everything() if b.priority > usable[0].priority and device in b.devices]
     if passed_over and not torch.compiler.is_compiling():
         listed = "; ".join(f"{backend.name}: {reasons[backend.name]}" for backend in passed_over)
         message = f"fastgru runs {dtype} on {device} with the backend {usable[0].name!r}, because {listed}"
@@ -192,6 +198,11 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
         reason = backend.why_not(device_type, dtype)
         if reason is None and name not in (AUTO, backend.name):
             reason = f"{name!r} was asked for"
+        if reason is None and backend.attention_only:
+            lines.append(
+                f"  {backend.name}: for attention only{' where it was measured to be faster' * (name == AUTO)}"
+            )
+            continue
         if reason is None and taken:
             reason = "a faster one is chosen"
         by_size = reason is None and name == AUTO and backend.wins is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,21 +12,25 @@ from torch import Tensor
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
-from fastgru.backends import registry
-from fastgru.backends.reference_attention import attention_differentiable, hiding_product
+from fastgru.backends import gluon, registry
+from fastgru.backends.reference_attention import Attention, attention_differentiable, hiding_product
 from fastgru.ops.attention_schema import ATTENTION_OPS, AttentionOps
 from fastgru.ops.schema import call
 
 _warned: set[str] = set()
 
 
-def _choose(device: torch.device, dtype: torch.dtype) -> AttentionOps:
+def _choose(arguments: tuple[Any, ...]) -> AttentionOps:
     """The operators to call. A backend without attention, asked for by name, raises; ``auto`` says so once."""
-    name = registry.select(device, dtype).name
+    query = arguments[0]
+    name = registry.select(query.device, query.dtype).name
+    auto = registry.requested() == registry.AUTO
+    if auto and name == "triton" and not torch.compiler.is_compiling() and gluon.faster(Attention(*arguments)):
+        name = "gluon"
     if name in ATTENTION_OPS:
         return ATTENTION_OPS[name]
     message = f"backend {name!r} has no attention; backends that have it: {', '.join(ATTENTION_OPS)}"
-    if registry.requested() != registry.AUTO:
+    if not auto:
         raise registry.BackendUnavailable(message)
     if message not in _warned and not torch.compiler.is_compiling():
         _warned.add(message)
@@ -243,7 +247,7 @@ def flash_attention(
     if maybe_current_level() is not None or forward_ad._current_level >= 0:
         output, lse = attention_differentiable(*arguments)
     else:
-        output, lse = call(_choose(query.device, query.dtype).forward, *arguments)
+        output, lse = call(_choose(arguments).forward, *arguments)
     return (output, lse) if return_lse else output
 
 
