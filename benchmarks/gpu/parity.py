@@ -41,9 +41,8 @@ torch.cuda.synchronize()
 
 
 def run_tests(record: stage.Record) -> bool:
-    files = [
-        str(stage.ROOT / "tests" / name) for name in ("test_triton.py", "test_triton_compiles.py", "test_cudnn.py")
-    ]
+    names = ("test_triton.py", "test_triton_compiles.py", "test_cudnn.py", "test_attention_gluon.py")
+    files = [str(stage.ROOT / "tests" / name) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
     done = subprocess.run(command, cwd=stage.ROOT, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
