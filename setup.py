@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -128,6 +129,16 @@ def compile_kernels(home: Path, directory: Path, include_dirs: list[str]) -> lis
         return list(pool.map(compile_one, KERNELS))
 
 
+def compile_cubins(directory: Path) -> None:
+    """The attention kernels for Hopper, by the one Triton that tools/build_cubins.py takes; left out where there is
+    another or none, unless FASTGRU_CUBINS=1 asks for them."""
+    command = [sys.executable, "tools/build_cubins.py", "--out", str(directory)]
+    if subprocess.run(command, check=False).returncode:
+        if os.environ.get("FASTGRU_CUBINS", "0") not in ("", "0"):
+            raise SystemExit("fastgru: FASTGRU_CUBINS is set, and the attention kernels for Hopper cannot be compiled")
+        print("fastgru: the attention kernels for Hopper are left out", flush=True)
+
+
 def extension() -> dict[str, Any]:
     """setup()'s arguments for the extension: a plain library in the stable ABI, one file for every Python and torch."""
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -145,6 +156,7 @@ def extension() -> dict[str, Any]:
                 if home is not None:
                     module = self.extensions[0]
                     module.extra_objects = compile_kernels(home, Path(self.build_temp), module.include_dirs)
+                    compile_cubins(Path(self.get_ext_fullpath(module.name)).parent / "cubins")
                 super().build_extensions()
             except Exception as error:
                 raise SystemExit(

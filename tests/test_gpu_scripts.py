@@ -105,8 +105,20 @@ def test_the_table_survives_writing(make_table: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "more.json").read_text()) == table
 
 
+def test_the_table_of_attention(make_table: Any) -> None:
+    contenders = {"gluon": {"device_us": 3.0}, "triton": {"device_us": 4.0}, "sdpa": {"refused": "no"}}
+    entries = [{"precision": "bfloat16", "D": 128, "L": 1024, "causal": True, "contenders": contenders}]
+    entries += [{**entries[0], "L": 2048, "contenders": {**contenders, "gluon": {"refused": "no"}}}]
+    found = make_table.rows([{"architecture": "sm_90", "entries": entries}], "attention")
+    assert found == {"sm_90": {"bfloat16": [[128, 1024, 1, 3.0, 4.0]]}}
+    # As the backend reads it.
+    path, names, times = make_table.TABLES["attention"]
+    shipped = json.loads(path.read_text())
+    assert shipped["columns"] == [*names, *(f"{name}_us" for name in times)]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", ["build", "parity", "bench_gru", "profile_gru"])
+@pytest.mark.parametrize("name", ["build", "parity", "bench_gru", "bench_attention", "profile_gru"])
 def test_a_stage_says_that_it_needs_a_gpu(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(GPU / f"{name}.py"), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
+TRITON = runpy.run_path(str(ROOT / "tools" / "build_cubins.py"))["TRITON"]
 PLATFORM = f"manylinux_2_28_{platform.machine()}"
 # They come with torch and with the system, whoever they are installed by: none of them travels in the wheel.
 FOREIGN = ("libtorch*.so*", "libc10*.so*", "libcuda*.so*")
@@ -60,6 +61,15 @@ def toolkit(version: str) -> Path:
             "CUDA_HOME to it"
         )
     return home
+
+
+def pinned_triton() -> Path:
+    """A folder with the Triton that compiles the attention kernels for Hopper; PyPI has it for this Python or not."""
+    target = ROOT / "build" / f"triton-{TRITON}"
+    if not (target / "triton").exists():
+        package = f"triton=={TRITON}"
+        run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, package)
+    return target
 
 
 def old_glibc(directory: Path) -> None:
@@ -102,6 +112,7 @@ def build(cuda: str | None, out: Path) -> Path:
         if cuda is not None:
             old_glibc(work)
             environment = {"FASTGRU_CUDA": "1", "CUDA_HOME": str(toolkit(cuda)), "LDFLAGS": f"-L{work}"}
+            environment |= {"FASTGRU_CUBINS": "1", "PYTHONPATH": str(pinned_triton())}
         source = work / sdist.name.removesuffix(".tar.gz")
         run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", work, source, **environment)
         (wheel,) = work.glob("*.whl")

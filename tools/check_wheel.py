@@ -15,6 +15,7 @@ machine without a GPU and with a CPU build of torch, too.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -50,6 +51,9 @@ cuda = fastgru.__version__.partition("+cu")[2]
 try:
     built = torch.ops.fastgru.cuda_versions()[0]
     assert f"{built // 1000}{built // 10 % 100}" == cuda, (built, cuda)
+    from fastgru.backends import gluon
+    for entry in gluon.manifest().values():
+        assert (gluon.CUBINS / entry["file"]).read_bytes()[:4] == b"\x7fELF", entry["file"]
 except NotImplementedError:
     assert not cuda, "the CUDA part is missing"
 """
@@ -88,6 +92,17 @@ def check_names(wheel: Path, content: zipfile.ZipFile) -> None:
     check(runtime == ["torch>=2.10"], wheel, f"it requires {runtime}, not torch alone")
     libraries = [name for name in content.namelist() if ".so" in Path(name).name or ".libs/" in name]
     check(libraries == [LIBRARY], wheel, f"it holds {libraries}, not {LIBRARY} alone")
+    cubins = {name for name in content.namelist() if name.startswith("fastgru/cubins/")}
+    listed = set()
+    if cubins:
+        kernels = json.loads(content.read("fastgru/cubins/manifest.json"))["kernels"]
+        listed = {"fastgru/cubins/manifest.json", *(f"fastgru/cubins/{one['file']}" for one in kernels.values())}
+    check(cubins == listed, wheel, f"its manifest lists {sorted(listed)} and it holds {sorted(cubins)}")
+    check(
+        bool(cubins) == ("+cu" in str(version)),
+        wheel,
+        "kernels compiled ahead belong into a CUDA wheel, and only there",
+    )
     for name in ("fastgru/kernels/__init__.py", "fastgru/py.typed", f"{info}/licenses/LICENSE"):
         check(name in content.namelist(), wheel, f"it lacks {name}")
 

@@ -1,10 +1,10 @@
-"""Turns results of bench_gru.py into the table that ``auto`` goes by.
+"""Turns results of bench_gru.py and bench_attention.py into the tables that ``auto`` goes by.
 
     python benchmarks/gpu/make_table.py benchmarks/results/gpu_bench_gru.json [...]
 
-Writes fastgru/backends/gpu_table.json. An architecture in the results replaces what the table had of it; others stay.
-A backend that refused a problem, or broke the numeric rule, has null there. Where several GPUs of one architecture
-were measured each has its row: a backend has to win on all of them.
+Writes fastgru/backends/gpu_table.json and, of attention, attention_table.json. An architecture in the results replaces
+what the table had of it; others stay. A backend that refused a problem, or broke the numeric rule, has null there.
+Where several GPUs of one architecture were measured each has its row: a backend has to win on all of them.
 """
 
 from __future__ import annotations
@@ -14,19 +14,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastgru.backends import gpu_table
+from fastgru.backends import gluon, gpu_table
+
+# Of a stage: the table it fills, the names in its entries of what a row begins with, and the contenders whose times end
+# it, the one that all others are compared with last.
+TABLES = {
+    "bench_gru": (gpu_table.PATH, ("H", "B", "T", "directions", "training", "packed"), gpu_table.BACKENDS),
+    "attention": (gluon.TABLE, ("D", "L", "causal"), ("gluon", "triton")),
+}
 
 
-def rows(results: list[dict[str, Any]]) -> dict[str, dict[str, list[list[Any]]]]:
-    """The table's ``measured`` from records of bench_gru.py."""
+def rows(results: list[dict[str, Any]], stage: str = "bench_gru") -> dict[str, dict[str, list[list[Any]]]]:
+    """The table's ``measured`` from records of one stage."""
+    _, names, contenders = TABLES[stage]
     measured: dict[str, dict[str, list[list[Any]]]] = {}
     for result in results:
         for entry in result["entries"]:
-            times = [entry["contenders"].get(name, {}).get("device_us") for name in gpu_table.BACKENDS]
+            times = [entry["contenders"].get(name, {}).get("device_us") for name in contenders]
             if times[-1] is None or times[:-1] == [None] * (len(times) - 1):
                 continue
-            sizes = [entry[name] for name in ("H", "B", "T", "directions", "training", "packed")]
-            row = [*sizes, *(None if time is None else round(time, 2) for time in times)]
+            row = [*(entry[name] for name in names), *(None if time is None else round(time, 2) for time in times)]
             measured.setdefault(result["architecture"], {}).setdefault(entry["precision"], []).append(row)
     for precisions in measured.values():
         for found in precisions.values():
@@ -50,13 +57,14 @@ def write(table: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="records of bench_gru.py")
-    arguments = parser.parse_args()
-    table = json.loads(gpu_table.PATH.read_text())
-    table["measured"] |= rows([json.loads(path.read_text()) for path in arguments.results])
-    write(table, gpu_table.PATH)
-    count = sum(len(found) for precisions in table["measured"].values() for found in precisions.values())
-    print(f"{count} rows written to {gpu_table.PATH}")
+    parser.add_argument("results", type=Path, nargs="+", help="records of bench_gru.py or bench_attention.py")
+    results = [json.loads(path.read_text()) for path in parser.parse_args().results]
+    for stage, (path, _, _) in TABLES.items():
+        table = json.loads(path.read_text())
+        table["measured"] |= rows([result for result in results if result["stage"] == stage], stage)
+        write(table, path)
+        count = sum(len(found) for precisions in table["measured"].values() for found in precisions.values())
+        print(f"{count} rows in {path}")
 
 
 if __name__ == "__main__":

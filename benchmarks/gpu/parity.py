@@ -54,10 +54,10 @@ CONTENDERS = (("triton", ""), ("cuda", "cluster"), ("cuda", "grid"), ("cudnn", "
 
 
 def run_tests(record: stage.Record) -> bool:
-    files = [
-        str(stage.ROOT / "tests" / name)
-        for name in ("test_cuda.py", "test_triton.py", "test_triton_compiles.py", "test_cudnn.py")
-    ]
+    names = (
+        "test_cuda.py", "test_triton.py", "test_triton_compiles.py", "test_cudnn.py", "test_attention_gluon.py",
+    )  # fmt: skip
+    files = [str(stage.ROOT / "tests" / name) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
     done = subprocess.run(command, cwd=stage.ROOT, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()

@@ -7,6 +7,7 @@
 
 #include "device.h"
 #include "gru_op.h"
+#include "launch.h"
 
 namespace fastgru {
 namespace {
@@ -27,6 +28,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgru, CompositeExplicitAutograd, m) {
   m.impl("cuda_versions", TORCH_BOX(&fastgru::cuda_versions));
   m.impl("cuda_code_architecture", TORCH_BOX(&fastgru::cuda_code_architecture));
   m.impl("cuda_gru_why_not", TORCH_BOX(&fastgru::cuda::why_not));
+  m.impl("cuda_load", TORCH_BOX(&fastgru::cuda_load));
+  m.impl("cuda_launch", TORCH_BOX(&fastgru::cuda_launch));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgru, CUDA, m) {

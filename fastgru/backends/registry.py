@@ -42,6 +42,7 @@ class Backend:
         wins: where it is not always faster than those of lower priority: whether it is, for a problem of these sizes,
             or by and large.
         refuses: where it does not take all sizes: None, or why it does not take these.
+        attention_only: it has no GRU, and ``auto`` takes it for the attention that it was measured to be faster for.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Backend:
     supports: Callable[[str, torch.dtype], str | None]
     wins: Callable[[torch.device, torch.dtype, Sizes | None], bool] | None = None
     refuses: Callable[[torch.device, torch.dtype, Sizes], str | None] | None = None
+    attention_only: bool = False
 
     def why_not(self, device: str, dtype: torch.dtype) -> str | None:
         """None when this backend can run the problem, else the reason."""
@@ -75,6 +77,10 @@ def register(backend: Backend) -> None:
 def backends() -> list[Backend]:
     """Every known backend, best first."""
     return sorted(_backends.values(), key=lambda backend: -backend.priority)
+
+
+def _of_everything() -> list[Backend]:
+    return [backend for backend in backends() if not backend.attention_only]
 
 
 def requested() -> str:
@@ -151,7 +157,7 @@ def fastest(device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> Ba
     best = select(device, dtype)
     if requested() != AUTO:
         return best
-    usable = [b for b in backends() if b.priority <= best.priority and b.why_not(device.type, dtype) is None]
+    usable = [b for b in _of_everything() if b.priority <= best.priority and b.why_not(device.type, dtype) is None]
     refused: dict[str, str] = {}
     for backend in usable:
         if backend.wins is None or backend.wins(device, dtype, sizes):
@@ -198,13 +204,13 @@ def _choose(device_or_type: torch.device | str, dtype: torch.dtype) -> Backend:
         if reason is not None:
             raise BackendUnavailable(f"backend {name!r} cannot run {dtype} on {device}: {reason}")
         return _backends[name]
-    reasons = {backend.name: backend.why_not(device, dtype) for backend in backends()}
-    usable = [backend for backend in backends() if reasons[backend.name] is None]
+    reasons = {backend.name: backend.why_not(device, dtype) for backend in _of_everything()}
+    usable = [backend for backend in _of_everything() if reasons[backend.name] is None]
     if not usable:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise BackendUnavailable(f"no backend can run {dtype} on {device} ({listed})")
     # Backends made for other devices, or seldom faster, are no loss worth a warning.
-    made_for_it = [b for b in backends() if b.priority > usable[0].priority and device in b.devices]
+    made_for_it = [b for b in _of_everything() if b.priority > usable[0].priority and device in b.devices]
     losses = [b.name for b in made_for_it if b.wins is None or b.wins(place, dtype, None)]
     _say_why(usable[0], place, dtype, {name: reasons[name] for name in losses})
     return usable[0]
@@ -225,6 +231,11 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
         reason = backend.why_not(device_type, dtype)
         if reason is None and name not in (AUTO, backend.name):
             reason = f"{name!r} was asked for"
+        if reason is None and backend.attention_only:
+            lines.append(
+                f"  {backend.name}: for attention only{' where it was measured to be faster' * (name == AUTO)}"
+            )
+            continue
         if reason is None and taken:
             reason = "a faster one is chosen"
         by_size = reason is None and name == AUTO and backend.wins is not None

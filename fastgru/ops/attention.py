@@ -12,23 +12,31 @@ from torch import Tensor
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
-from fastgru.backends import registry
-from fastgru.backends.reference_attention import attention_differentiable, hiding_product, hiding_scores
+from fastgru.backends import gluon, registry
+from fastgru.backends.reference_attention import Attention, attention_differentiable, hiding_product, hiding_scores
 from fastgru.ops.attention_schema import ATTENTION_OPS, TENSORS, AttentionFunction, AttentionOps
 
 _warned: set[str] = set()
 
 
-def _choose(device: torch.device, dtype: torch.dtype) -> AttentionOps:
+def _choose(arguments: tuple[Any, ...]) -> AttentionOps:
     """The operators to call. A backend without attention, asked for by name, raises; ``auto`` goes on to the next that
     has it, and says so once if no kernels are left."""
-    name = registry.select(device, dtype).name
+    query = arguments[0]
+    name = registry.select(query.device, query.dtype).name
+    auto = registry.requested() == registry.AUTO
+    if query.is_cuda and auto and not torch.compiler.is_compiling() and gluon.faster(Attention(*arguments)):
+        name = "gluon"
     if name in ATTENTION_OPS:
         return ATTENTION_OPS[name]
     message = f"backend {name!r} has no attention; backends that have it: {', '.join(ATTENTION_OPS)}"
-    if registry.requested() != registry.AUTO:
+    if not auto:
         raise registry.BackendUnavailable(message)
-    able = (b.name for b in registry.backends() if b.name in ATTENTION_OPS and b.why_not(device.type, dtype) is None)
+    able = (
+        b.name
+        for b in registry.backends()
+        if b.name in ATTENTION_OPS and not b.attention_only and b.why_not(query.device.type, query.dtype) is None
+    )
     successor = next(able)
     if successor == "reference" and message not in _warned and not torch.compiler.is_compiling():
         _warned.add(message)
@@ -286,7 +294,7 @@ def flash_attention(
     if maybe_current_level() is not None or forward_ad._current_level >= 0:
         output, lse = attention_differentiable(*arguments)
     else:
-        output, lse = _run(_choose(query.device, query.dtype), arguments)
+        output, lse = _run(_choose(arguments), arguments)
     if everything:
         # A mask, because zero times NaN is not zero.
         output = output.masked_fill(torch.ones((), dtype=torch.bool, device=output.device), 0)

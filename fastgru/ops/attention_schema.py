@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgru.backends import reference_attention, triton_attention
+from fastgru.backends import gluon, reference_attention, triton_attention
 from fastgru.backends.reference_attention import Attention, empty_like_layout
 from fastgru.ops.schema import LIBRARY, _grad, call
 
@@ -144,9 +144,9 @@ def _define(backend: str) -> AttentionOps:
     return ops
 
 
-ATTENTION_OPS = {name: _define(name) for name in ("reference", "cpu", "triton")}
+ATTENTION_OPS = {name: _define(name) for name in ("reference", "cpu", "triton", "gluon")}
 
 # The C++ library implements those of "cpu".
-for _name, _module in (("reference", reference_attention), ("triton", triton_attention)):
+for _name, _module in (("reference", reference_attention), ("triton", triton_attention), ("gluon", gluon)):
     LIBRARY.impl(ATTENTION_OPS[_name].forward, _module.attention, "CompositeExplicitAutograd")
     LIBRARY.impl(ATTENTION_OPS[_name].backward, _module.attention_backward, "CompositeExplicitAutograd")

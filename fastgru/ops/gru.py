@@ -96,6 +96,10 @@ def gru(
             training = torch.is_grad_enabled() and any(t.requires_grad for t in (input, hx, *weights))
             sizes = registry.Sizes(hx.size(2), hx.size(1), steps, directions, training, batch_sizes is not None)
         backend = registry.fastest(device, dtype, sizes)
+    if backend.name not in GRU_OPS:
+        raise registry.BackendUnavailable(
+            f"backend {backend.name!r} has no GRU; backends that have it: {', '.join(GRU_OPS)}"
+        )
     ops = GRU_OPS[backend.name]
 
     states = []

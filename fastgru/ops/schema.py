@@ -277,3 +277,8 @@ LIBRARY.define("cuda_gru_gates(Tensor projected, Tensor recurrent, Tensor? b_ih,
 LIBRARY.define(
     "cuda_gru_why_not(int device, ScalarType dtype, int hidden, int batch, int directions, bool tf32, str loop) -> str"
 )
+LIBRARY.define("cuda_load(str path, str symbol, int device, int shared) -> ()")
+LIBRARY.define(
+    "cuda_launch(Tensor(a!)[] tensors, str path, str symbol, int device, int programs, int threads, int shared, "
+    "int[] plan, float[] numbers) -> ()"
+)

@@ -1,0 +1,204 @@
+"""Compile the attention kernels for Hopper (sm_90a) to cubins, without a GPU, and describe how to launch them.
+
+    python tools/build_cubins.py --out DIR
+
+Gluon's interface changes with every Triton, so this takes the one Triton named here and no other; what comes out needs
+none. DIR gets one cubin per kernel and manifest.json, whose "kernels" hold, by name:
+
+    file, symbol, threads, shared     what to load and launch with; ``shared`` in bytes of dynamic memory
+    arguments                         of the kernel, in order: [name, type]; the type "map" is a TMA descriptor of a 4-D
+                                      tensor, which Triton follows with its sizes (int32) and strides (int64)
+    maps                              by name, how descriptors are encoded: box, swizzle, element type
+    sizes                             block sizes the caller has to know
+
+It fails, and says which, where a kernel spills registers, does not fit into shared memory, or lacks the instructions it
+is written for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: The Triton that the kernels are written for and compiled with.
+TRITON = "3.9.0"
+
+#: Bytes of shared memory that one block may have.
+SHARED = 227 * 1024
+
+#: Matrix products, TMA both ways, barriers of bytes that arrive, registers handed from warp to warp; and that the
+#: product of the next scores may run on while the last one of weights and values is waited for.
+INSTRUCTIONS = (
+    r"\bHGMMA\.", r"\bUTMALDG\.4D\b", r"\bUTMASTG\.4D\b", r"\bSYNCS\.", r"\bUSETMAXREG\.",
+    r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x1\b",
+)  # fmt: skip
+
+DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+POINTERS = {"lse": "*fp32", "q_lengths": "*i64", "k_lengths": "*i64"}
+
+
+class Variant(NamedTuple):
+    """One kernel to compile: its name in the manifest, where it is, and what it is specialised on."""
+
+    name: str
+    module: str
+    kernel: str
+    dtype: str
+    maps: dict[str, list[int]]
+    constants: dict[str, int]
+
+
+def variants() -> list[Variant]:
+    found = []
+    for dtype in DTYPES:
+        for columns, stages in ((64, 3), (128, 2)):
+            rows = {"q_desc": 64, "k_desc": 128, "v_desc": 128, "o_desc": 64}
+            found.append(
+                Variant(
+                    f"forward_{dtype}_{columns}", "attn_sm90_fwd", "attention_forward", dtype,
+                    {name: [1, 1, count, columns] for name, count in rows.items()},
+                    {"BLOCK_N": 128, "STAGES": stages, "Q_STAGES": 2},
+                )
+            )  # fmt: skip
+    return found
+
+
+def check_triton() -> Any:
+    """The one Triton, or an end with the remedy."""
+    # Line numbers would triple the size and tell where the build took place.
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError:
+        triton = None
+    if triton is None or triton.__version__ != TRITON:
+        found = "there is none" if triton is None else f"{triton.__version__} is installed"
+        raise SystemExit(f"tools/build_cubins.py needs Triton {TRITON} and {found}: pip install triton=={TRITON}")
+    return triton
+
+
+def kernel_module(name: str) -> types.ModuleType:
+    """A module of kernels/, imported without the package around it, which need not be installed."""
+    for package, path in (("fastgru", []), ("fastgru.kernels", [str(ROOT / "kernels")])):
+        if package not in sys.modules:
+            module = types.ModuleType(package)
+            module.__path__ = path
+            sys.modules[package] = module
+    return importlib.import_module(f"fastgru.kernels.{name}")
+
+
+def compiled(variant: Variant) -> Any:
+    """A variant as Triton compiles it."""
+    triton = check_triton()
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    kernel = getattr(kernel_module(variant.module), variant.kernel)
+    short = DTYPES[variant.dtype]
+    signature = {}
+    for name in kernel.arg_names:
+        if name in variant.constants:
+            signature[name] = "constexpr"
+        elif name in variant.maps:
+            box = variant.maps[name]
+            layout = gl.NVMMASharedLayout.get_default_for(box, getattr(gl, variant.dtype))
+            signature[name] = f"tensordesc<{short}[{','.join(map(str, box))}],{layout!r}>"
+        else:
+            signature[name] = POINTERS.get(name, "fp32" if name == "scale" else "i32")
+    index = {name: (place,) for place, name in enumerate(kernel.arg_names)}
+    aligned = {index[name]: [["tt.divisibility", 16]] for name, kind in signature.items() if kind.startswith("*")}
+    source = GluonASTSource(
+        kernel, signature, {index[name]: value for name, value in variant.constants.items()}, aligned
+    )
+    # 3 x 128 threads start with 168 registers each; the producer leaves the others most of its own.
+    options = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def disassembled(cubin: bytes, folder: Path) -> str:
+    import triton
+
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+
+
+def faults(kernel: Any, code: str) -> list[str]:
+    """What keeps a compiled kernel from being shipped."""
+    found = []
+    spills = re.findall(r"\b(?:LDL|STL)\b", code)
+    if spills:
+        found.append(f"it spills registers ({len(spills)} instructions)")
+    if kernel.metadata.shared > SHARED:
+        found.append(f"it takes {kernel.metadata.shared} bytes of shared memory, and there are {SHARED}")
+    found += [f"its code has no {one}" for one in INSTRUCTIONS if not re.search(one, code)]
+    if kernel.metadata.global_scratch_size or kernel.metadata.profile_scratch_size:
+        found.append("it needs scratch memory, which nobody gives it")
+    return found
+
+
+def described(variant: Variant, kernel: Any) -> dict[str, Any]:
+    """The entry of the manifest."""
+    source = kernel.src
+    arguments = []
+    for name, kind in source.signature.items():
+        if kind != "constexpr":
+            arguments.append([name, "map" if kind.startswith("tensordesc") else "pointer" if kind[0] == "*" else kind])
+    described_maps = zip(
+        [name for name, kind in arguments if kind == "map"], kernel.metadata.tensordesc_meta, strict=True
+    )
+    return {
+        "file": f"{variant.name}.cubin",
+        "symbol": kernel.metadata.name,
+        "threads": 32 * kernel.metadata.num_warps,
+        "shared": kernel.metadata.shared,
+        "arguments": arguments,
+        "maps": {
+            name: {
+                # The box of one copy, innermost last; a swizzle of 128 bytes bounds its last size.
+                "box": meta["block_size"],
+                "swizzle": meta["swizzle"],
+                # CUtensorMapDataType counts like Triton, but for the floating types from fp64 on.
+                "element": {8: 10, 9: 8, 10: 9}.get(meta["elem_type"], meta["elem_type"]),
+            }
+            for name, meta in described_maps
+        },
+        "sizes": {**variant.constants, "dtype": variant.dtype, "columns": variant.maps["q_desc"][3]},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    folder: Path = parser.parse_args().out
+    check_triton()
+    folder.mkdir(parents=True, exist_ok=True)
+    kernels = {}
+    for variant in variants():
+        kernel = compiled(variant)
+        cubin = kernel.asm["cubin"]
+        wrong = faults(kernel, disassembled(cubin, folder))
+        if wrong:
+            raise SystemExit(f"{variant.name}: {'; '.join(wrong)}")
+        kernels[variant.name] = described(variant, kernel)
+        (folder / f"{variant.name}.cubin").write_bytes(cubin)
+        print(f"{variant.name}: {len(cubin)} bytes, {kernel.metadata.shared} of shared memory", flush=True)
+    (folder / "kernel.cubin").unlink()
+    manifest = {"schema": 1, "triton": TRITON, "architecture": 90, "kernels": kernels}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
