@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
@@ -101,6 +101,24 @@ def test_compile_automatic_dynamic(rnn: RNN) -> None:
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@feature(
+    COMPILERS, "torch.compile of a gradient, of per-sample gradients and of a directional derivative by torch.func"
+)
+def test_compile_of_transforms(rnn: RNN) -> None:
+    module = rnn.GRU(3, 4)
+    weights = dict(module.named_parameters())
+
+    def loss(w: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(module, w, (x.unsqueeze(1),))[0].sin().sum()
+
+    def function(w: dict[str, Tensor], x: Tensor) -> Any:
+        derivative = jvp(lambda x: module(x)[0], (x,), (x.cos(),))
+        return grad(loss)(w, x[:, 0]), vmap(grad(loss), in_dims=(None, 1))(w, x), derivative
+
+    x = torch.randn(2, 2, 3)
+    assert_same(torch.compile(function, fullgraph=True, backend="eager")(weights, x), function(weights, x))
+
+
 DYNAMIC = {0: torch.export.Dim("T"), 1: torch.export.Dim("B")}
 
 
@@ -117,15 +135,17 @@ def test_export(rnn: RNN, strict: bool) -> None:
     assert_same(torch.export.load(buffer).module()(x), oracle(model)(x))
 
 
-@feature(COMPILERS, "AOTInductor")
+@feature(COMPILERS, "AOTInductor, dynamic T and B")
 @pytest.mark.filterwarnings("ignore")
 def test_aot_inductor(rnn: RNN, tmp_path: Path) -> None:
-    module = rnn.GRU(3, 4)
+    module = rnn.GRU(3, 4, 2, bidirectional=True)
     with torch.no_grad():
-        exported = torch.export.export(module, (torch.randn(5, 2, 3),))
+        exported = torch.export.export(module, (torch.randn(5, 2, 3),), dynamic_shapes={"input": DYNAMIC})
     package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
-    x = torch.randn(5, 2, 3)
-    assert_same(tuple(torch._inductor.aoti_load_package(package)(x)), oracle(module)(x))
+    run = torch._inductor.aoti_load_package(package)
+    for shape in ((5, 2, 3), (9, 4, 3), (1, 1, 3)):
+        x = torch.randn(shape)
+        assert_same(tuple(run(x)), oracle(module)(x))
 
 
 @feature(COMPILERS, "torch.onnx.export to GRU nodes, the same numbers in ONNX Runtime")
@@ -154,6 +174,25 @@ def test_onnx(rnn: RNN, options: dict[str, Any], tmp_path: Path) -> None:
         x = torch.randn(shape)
         got = session.run(None, {"x": x.numpy()})
         assert_same([torch.from_numpy(array) for array in got], list(oracle(model)(x)))
+
+
+@feature(COMPILERS, "torch.onnx.export(dynamo=False), the old exporter, to GRU nodes")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_old_onnx(rnn: RNN, bidirectional: bool, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    path = str(tmp_path / "model.onnx")
+    axes: Any = {"x": {0: "T", 1: "B"}}
+    model = Model(rnn, bidirectional=bidirectional).eval()
+    for each in (model.gru, model):  # by itself it is passed what its caller left out
+        torch.onnx.export(each, (torch.randn(5, 2, 3),), path, dynamo=False, input_names=["x"], dynamic_axes=axes)
+    nodes = [node for node in onnx.load(path).graph.node if node.op_type == "GRU"]
+    assert len(nodes) == 2
+    assert all({a.name: a.i for a in node.attribute}["linear_before_reset"] == 1 for node in nodes)
+    x = torch.randn(7, 4, 3)
+    got = runtime.InferenceSession(path).run(None, {"x": x.numpy()})
+    assert_same([torch.from_numpy(array) for array in got], list(oracle(model)(x)))
 
 
 @feature(COMPILERS, "fake and meta tensors, forward and backward")
@@ -185,6 +224,27 @@ def test_jit_trace(rnn: RNN) -> None:
             [result, torch.autograd.grad(result[0].sum(), dict(module.named_parameters())["gru.weight_hh_l1"])]
         )
     assert_same(*results)
+
+
+class Packed(nn.Module):
+    """Padded input and lengths to padded output."""
+
+    def __init__(self, gru: nn.Module) -> None:
+        super().__init__()
+        self.gru = gru
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        output, _ = self.gru(nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False))
+        return pad_packed_sequence(output)[0]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@feature(COMPILERS, "torch.jit.trace of packed sequences, for new lengths and batches")
+def test_jit_trace_packed(rnn: RNN) -> None:
+    model = Packed(rnn.GRU(3, 4, 2))
+    traced = torch.jit.trace(model, (torch.randn(5, 2, 3), torch.tensor([3, 5])), check_trace=False)
+    arguments = torch.randn(6, 3, 3), torch.tensor([2, 6, 4])
+    assert_same(traced(*arguments), oracle(model)(*arguments))
 
 
 @feature(COMPILERS, "torch.jit.script (of fastgru: torch.nn's modules, on the same weights)")
@@ -330,6 +390,28 @@ def test_per_sample_gradients(rnn: RNN) -> None:
         assert_same({name: g[sample] for name, g in got.items()}, {name: p.grad for name, p in want.named_parameters()})
 
 
+@feature(AUTOGRAD, "torch.func: an ensemble, by stack_module_state and vmap")
+def test_ensemble(rnn: RNN) -> None:
+    members: list[Any] = [double(rnn, 3, 4, 2) for _ in range(3)]
+    skeleton = copy.deepcopy(members[0]).to("meta")
+    got = vmap(lambda *state: functional_call(skeleton, state, (X,))[0])(*stack_module_state(members))
+    assert_same(got, torch.stack([oracle(member)(X)[0] for member in members]))
+
+
+@feature(AUTOGRAD, "many gradients at once: is_grads_batched, jacobian(vectorize=True) in both modes")
+def test_batched_gradients(rnn: RNN) -> None:
+    module = double(rnn, 3, 4)
+    want = torch.autograd.functional.jacobian(lambda x: oracle(module)(x)[0], X)
+    for strategy in ("reverse-mode", "forward-mode"):
+        jacobian = torch.autograd.functional.jacobian(lambda x: module(x)[0], X, vectorize=True, strategy=strategy)
+        assert_same(jacobian, want)
+    leaf = X.clone().requires_grad_()
+    output, _ = module(leaf)
+    seeds = torch.eye(output.numel(), dtype=X.dtype).view(-1, *output.shape)
+    (rows,) = torch.autograd.grad(output, leaf, seeds, is_grads_batched=True)
+    assert_same(rows.view_as(want), want)
+
+
 @feature(AUTOGRAD, "forward-mode differentiation")
 def test_forward_mode(rnn: RNN) -> None:
     module = double(rnn, 3, 4)
@@ -405,6 +487,20 @@ def test_half_modules(rnn: RNN, dtype: torch.dtype) -> None:
         )
 
 
+@feature(PRECISION, "complex modules, with first and second derivatives")
+@pytest.mark.filterwarnings("ignore:fastgru runs torch.complex128")
+def test_complex(rnn: RNN) -> None:
+    module = rnn.GRU(3, 4, 2, bidirectional=True, dtype=torch.complex128)
+    x = torch.randn(5, 2, 3, dtype=torch.complex128, requires_grad=True)
+    results = []
+    for run in (module, oracle(module)):
+        output, h_n = run(x)
+        loss = output.sin().sum().real + h_n.sum().imag
+        results.append([output, h_n, torch.autograd.grad(loss, [x, *run.parameters()])])
+    assert_same(*results)
+    assert gradgradcheck(lambda x: module(x), x, fast_mode=True)
+
+
 @feature(PRECISION, "torch.set_float32_matmul_precision: never less exact than it allows")
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_matmul_precision(rnn: RNN, precision: str) -> None:
@@ -455,6 +551,17 @@ def test_state_dict(rnn: RNN, assign: bool) -> None:
     buffer.seek(0)
     target.load_state_dict(torch.load(buffer, weights_only=True), assign=assign)
     assert_same(target(INPUT), oracle(source)(INPUT))
+
+
+@feature(MODULES, "torch.__future__.set_swap_module_params_on_conversion(True): to() and load_state_dict()")
+def test_swapped_parameters(rnn: RNN) -> None:
+    module, source = pickle.loads(pickle.dumps(rnn.GRU(3, 4, 2))), rnn.GRU(3, 4, 2)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.double().load_state_dict(source.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert_same(module(INPUT.double()), oracle(source).double()(INPUT.double()))
 
 
 @feature(MODULES, "torch.nn.utils.skip_init")

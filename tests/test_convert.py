@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -45,6 +45,20 @@ class Beside(nn.GRU, Base):
 
 
 class CellBeside(nn.GRUCell, Base):
+    pass
+
+
+class Registered:
+    """Keeps a register of its subclasses, each under a key that it has to give."""
+
+    register: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, *, key: str, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        Registered.register[key] = cls
+
+
+class BesideRegistered(nn.GRU, Registered, key="mine"):
     pass
 
 
@@ -207,6 +221,77 @@ def test_subclasses_keep_what_is_theirs(backend: str, make: Callable[[], Any]) -
         assert type(fastgru.revert(copied)) is kind
     fastgru.revert(module)
     assert type(module) is kind
+
+
+def test_a_base_that_hears_of_its_subclasses_does_not_hear_of_ours() -> None:
+    module, x = BesideRegistered(5, 6), torch.randn(4, 3, 5)
+    want = module(x)
+    torch.testing.assert_close(fastgru.convert(module)(x), want)
+    assert isinstance(module, fastgru.GRU)
+    assert Registered.register == {"mine": BesideRegistered}
+
+
+def test_hooks_of_every_kind_go_on() -> None:
+    calls: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda *_: calls.append(name)
+
+    def hooked(module: nn.GRU) -> None:
+        module.register_forward_pre_hook(hook("pre"))
+        module.register_forward_pre_hook(hook("pre, keywords"), with_kwargs=True)
+        module.register_forward_hook(hook("forward"))
+        module.register_forward_hook(hook("forward, keywords"), with_kwargs=True, always_call=True)
+        module.register_full_backward_pre_hook(hook("backward pre"))
+        module.register_full_backward_hook(hook("backward"))
+        module.register_state_dict_pre_hook(hook("state_dict pre"))
+        module.register_state_dict_post_hook(hook("state_dict"))
+        module.register_load_state_dict_pre_hook(hook("load pre"))
+        module.register_load_state_dict_post_hook(hook("load"))
+        module.weight_hh_l0.register_hook(hook("gradient"))
+        module.weight_hh_l0.register_post_accumulate_grad_hook(hook("accumulated"))
+
+    def use(module: nn.GRU) -> list[str]:
+        calls.clear()
+        output, _ = module(torch.randn(4, 3, 5, requires_grad=True), hx=torch.zeros(1, 3, 6))
+        output.sum().backward()
+        module.load_state_dict(module.state_dict())
+        return sorted(calls)
+
+    module = nn.GRU(5, 6)
+    hooked(module)
+    want = use(module)
+    assert len(want) == len(set(want)) == 12
+    assert use(fastgru.convert(module)) == want
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: parametrizations.weight_norm(m, "weight_hh_l0")])
+def test_types_are_kept_for_code_that_asks(backend: str, wrap: Callable[[nn.GRU], nn.GRU]) -> None:
+    model = nn.Sequential(wrap(nn.GRU(5, 6)))
+    kind, x = type(model[0]), torch.randn(4, 3, 5)
+    want = outputs_and_grads(model, x)
+    assert fastgru.convert(model, keep_types=True) is model
+    assert isinstance(model[0], nn.GRU)
+    assert isinstance(model[0], fastgru.GRU)
+    assert str(fastgru.conversion_report(model)) == f"0: {kind.__name__}: fastgru, backend {backend}"
+    torch.testing.assert_close(outputs_and_grads(model, x), want)
+    copied = copy.deepcopy(model)
+    assert isinstance(copied[0], nn.GRU)
+    torch.testing.assert_close(outputs_and_grads(copied, x), want)
+    if kind is nn.GRU:
+        torch.testing.assert_close(torch.compile(model, backend="eager")(x)[0], want[0])
+        torch.testing.assert_close(torch.jit.script(pickle.loads(pickle.dumps(model)))(x)[0], want[0])
+    fastgru.revert(model)
+    assert not isinstance(model[0], fastgru.GRU)
+    assert (type(model[0]) is nn.GRU) == (kind is nn.GRU)
+    torch.testing.assert_close(outputs_and_grads(model, x), want)
+
+
+def test_keeping_types_changes_nothing_for_what_keeps_them_anyway() -> None:
+    assert type(fastgru.convert(nn.GRUCell(5, 6), keep_types=True)) is fastgru.GRUCell
+    module = fastgru.convert(Beside(5), keep_types=True)
+    assert isinstance(module, Beside)
+    assert type(fastgru.revert(module)) is Beside
 
 
 def test_a_subclass_runs_our_forward() -> None:

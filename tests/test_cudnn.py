@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 
 import fastgru
 from fastgru.backends import gpu_table, registry
@@ -72,6 +74,27 @@ class TestOperators:
             derivatives(lambda: KeptGraphFunction.apply(GRU_OPS["cudnn"], *arguments)),
             derivatives(lambda: GRU_OPS["reference"].train(*arguments)[:2]),
         )
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
+def test_derivatives_of_the_module(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    """As on a GPU, but that torch's operator is ATen's here."""
+    anywhere = dataclasses.replace(
+        registry._backends["cudnn"], devices=("*",), available=lambda: None, supports=lambda device, dtype: None
+    )
+    monkeypatch.setitem(registry._backends, "cudnn", anywhere)
+    module = fastgru.GRU(3, 2, dtype=torch.float64, **options).eval()
+    names = [name for name, _ in module.named_parameters()]
+
+    def function(x: Tensor, *weights: Tensor) -> Any:
+        return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x,))
+
+    leaves = [torch.randn(3, 2, 3, dtype=torch.float64), *(p.detach().clone() for p in module.parameters())]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    with fastgru.use_backend("cudnn"):
+        assert gradcheck(function, leaves, fast_mode=True)
+        assert gradgradcheck(function, leaves, fast_mode=True)
+        assert gradcheck(lambda x: module(x)[0], leaves[:1], check_batched_grad=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it can run here")

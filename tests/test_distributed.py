@@ -75,6 +75,27 @@ def test_a_sharded_module_is_converted() -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:FSDP")
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_a_module_in_the_first_fsdp_is_converted(use_orig_params: bool) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    plain = nn.GRU(3, 4, 2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = FullyShardedDataParallel(
+            nn.Sequential(copy.deepcopy(plain)), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        )
+        report = fastgru.conversion_report(fastgru.convert(model))
+        assert [entry.swapped for entry in report.entries] == [True]
+        x = torch.randn(5, 2, 3)
+        output, _ = model(x)
+        torch.testing.assert_close(output, plain(x)[0])
+        output.sum().backward()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_the_example_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="are for processes that torchrun starts"):
         run(tmp_path / "none.json", "--strategy", "ddp", torchrun=False)

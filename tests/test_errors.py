@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -123,6 +124,33 @@ def test_forward(backend: str, name: str, grad: bool) -> None:
     if want[0] is TypeError:  # Python's own, which name the class
         got, want = ((kind, re.sub(r"^.*forward", "forward", text)) for kind, text in (got, want))
     assert got == want
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.int64]
+
+
+@pytest.mark.parametrize("module_dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast_casts_what_it_casts_for_nn_gru(module_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    x, states = torch.ones(4, 3, 5).to(dtype), [None, *(torch.ones(1, 3, 6).to(kind) for kind in DTYPES)]
+    gru, cell = nn.GRU(5, 6, dtype=module_dtype), nn.GRUCell(5, 6, dtype=module_dtype)
+
+    def result(call: Callable[[], Any]) -> Any:
+        try:
+            with torch.autocast("cpu", torch.bfloat16):
+                return call()
+        except RuntimeError as error:
+            return str(error)
+
+    for hx in states:
+        for module, arguments in ((gru, (x, hx)), (cell, (x[0], None if hx is None else hx[0]))):
+            want = result(lambda module=module, arguments=arguments: module(*arguments))
+            ours = fastgru.convert(copy.deepcopy(module))
+            got = result(lambda module=ours, arguments=arguments: module(*arguments))
+            if isinstance(want, str):
+                assert got == want
+            else:
+                torch.testing.assert_close(got, want, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps)
 
 
 @pytest.mark.parametrize("name", CELL)

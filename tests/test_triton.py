@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
@@ -101,6 +102,28 @@ def test_parity_of_resident_weights(chosen: None, problem: GruProblem, save_gate
 def test_parity_of_one_launch_per_step(chosen: None, problem: GruProblem, save_gates: bool) -> None:
     assert not is_resident(problem)
     assert_parity(GruProblem(**vars(problem) | {"device": DEVICE}), save_gates)
+
+
+@here
+@pytest.mark.parametrize("options", [{"num_layers": 2, "bidirectional": True}, {"save_gates": False}], ids=str)
+def test_operators_have_second_derivatives_and_batched_ones(chosen: None, options: dict[str, Any]) -> None:
+    module = fastgru.GRU(3, 4, **options).to(DEVICE)
+    x = torch.randn(3, 2, 3, device=DEVICE)
+    seeds = torch.randn(3, 3, 2, 4 * (2 if module.bidirectional else 1), device=DEVICE)
+
+    def derivatives(dtype: torch.dtype) -> list[Tensor]:
+        run = copy.deepcopy(module).to(dtype)
+        leaf = x.to(dtype).requires_grad_()
+        output, _ = run(leaf)
+        batched = torch.autograd.grad(output, leaf, seeds.to(dtype), retain_graph=True, is_grads_batched=True)
+        (first,) = torch.autograd.grad(output.sin().sum(), leaf, create_graph=True)
+        second = torch.autograd.grad(first.sin().sum(), [leaf, *run.parameters()])
+        return [t.detach().double() for t in (*batched, first, *second)]
+
+    got = derivatives(torch.float32)
+    with fastgru.use_backend("reference"):
+        want = derivatives(torch.float64)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def layer(H: int, packed: bool, bidirectional: bool, B: int = 3, requires_grad: bool = False) -> list[Tensor | None]:

@@ -171,6 +171,8 @@ def gru_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of one layer: a loop for dh and the gate gradients, then large products over all rows at once.
 
+    Conjugates, as autograd has them, are for complex tensors; of real ones they are the tensor itself.
+
     Without ``gates`` the forward pass is run again for them.
 
     Returns:
@@ -192,9 +194,10 @@ def gru_backward(
     per_direction = []
     for direction, (w_ih_d, w_hh_d, _, _) in enumerate(weights):
         order = list(steps_of(sizes, reverse=direction == 1))
-        h0 = _wide(hx[direction])
-        r, z, n, g_n = wide_gates[direction].unbind(1)
-        previous = _previous_states(wide_output[:, direction], h0, order)
+        h0 = _wide(hx[direction]).conj()
+        r, z, n, g_n = wide_gates[direction].conj().unbind(1)
+        w_ih_d, w_hh_d = w_ih_d.conj(), w_hh_d.conj()
+        previous = _previous_states(wide_output[:, direction].conj(), h0, order)
 
         # Factors that do not depend on dh, for all rows: d(pre-activation)/d(h') of n and z, then r through n.
         through_n = (1 - z) * (1 - n * n)
@@ -217,7 +220,7 @@ def gru_backward(
         if need_input_grad:
             grad_x += grad_i @ w_ih_d
         if need_weight_grad:
-            sums = (grad_i.t() @ x, grad_g.t() @ previous, grad_i.sum(0), grad_g.sum(0))
+            sums = (grad_i.t() @ x.conj(), grad_g.t() @ previous, grad_i.sum(0), grad_g.sum(0))
         else:
             sums = (x.new_empty(0),) * 4
         per_direction.append((dh, *sums))
@@ -243,7 +246,8 @@ def _previous_states(output: Tensor, h0: Tensor, order: list[tuple[int, int]]) -
 
 
 def _supports(device: str, dtype: torch.dtype) -> str | None:
-    return None if dtype.is_floating_point else f"it computes in floating point, not in {dtype}"
+    computes = dtype.is_floating_point or dtype.is_complex
+    return None if computes else f"it computes in floating point, not in {dtype}"
 
 
 registry.register(

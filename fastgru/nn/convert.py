@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastgru.backends import BackendUnavailable, select
 from fastgru.nn.attention import MultiheadAttention
@@ -86,23 +86,33 @@ class ConversionReport:
         return "\n".join(str(entry) for entry in self.entries)
 
 
-def convert(model: _Model) -> _Model:
+def convert(model: _Model, *, keep_types: bool = False) -> _Model:
     """Make ``model``, or every ``nn.GRU``, ``nn.GRUCell`` and ``nn.MultiheadAttention`` in it, run on fastgru;
     in place.
 
     The modules stay the same objects and only change class, so optimizers, hooks, parametrizations, shared modules and
     tied weights do not notice. ``isinstance(module, nn.GRU)`` is false afterwards, because torch.compile refuses what
-    is an ``nn.GRU``: ask for ``(nn.GRU, fastgru.GRU)``.
+    is an ``nn.GRU``: ask for ``(nn.GRU, fastgru.GRU)``, or, where the code is not yours, set ``keep_types``.
 
     Subclasses of torch's classes are swapped too, and remain instances of their own class, unless they override
     ``forward`` or a method that it calls. Those are left alone: :func:`conversion_report` says which and why.
+
+    Args:
+        model: a module.
+        keep_types: leave ``isinstance(module, nn.GRU)`` true, for code that asks. torch.compile then breaks the graph
+            at the module, as it does at torch's.
 
     Returns:
         ``model``.
     """
     for module, swap in _known(model):
         if isinstance(module, swap.original) and _why_not(module, swap) is None:
-            _set_class(module, swap.original, swap.replacement)
+            original: type = swap.original
+            target: type = swap.replacement
+            # Instances of subclasses stay that anyway.
+            if keep_types and original not in target.__mro__ and _unwrapped(type(module), original) is original:
+                target = _subclass(original, original, target)
+            _set_class(module, original, target)
     return model
 
 
@@ -176,7 +186,8 @@ def _why_not(module: nn.Module, swap: Swap) -> str | None:
 
 
 def _backend(module: nn.Module) -> str:
-    parameter = next(module.parameters())
+    # FullyShardedDataParallel leaves tensors in the place of parameters.
+    parameter = next(value for value in (*module.parameters(), *vars(module).values()) if isinstance(value, Tensor))
     try:
         return select(parameter.device, parameter.dtype).name
     except BackendUnavailable as error:
@@ -187,10 +198,16 @@ def _is_wrapper(cls: type) -> bool:
     return cls.__module__.startswith(_WRAPPING_MODULES)
 
 
+def _unwrapped(cls: type, kind: type) -> type:
+    """The class beneath the wrappers of ``cls``, which derives from ``kind``."""
+    while _is_wrapper(cls):
+        cls = next(base for base in cls.__bases__ if issubclass(base, kind))
+    return cls
+
+
 def _is_subclassed(cls: type, replacement: type) -> bool:
     """Whether a user derived ``cls`` from ``replacement``."""
-    while _is_wrapper(cls):
-        cls = next(base for base in cls.__bases__ if issubclass(base, replacement))
+    cls = _unwrapped(cls, replacement)
     return cls is not replacement and "_fastgru_original" not in vars(cls)
 
 
@@ -214,6 +231,14 @@ def _swapped(cls: type, source: type, target: type) -> type:
     return original or _subclass(cls, source, target)
 
 
+class _Unannounced:
+    """A first base, for classes that the ``__init_subclass__`` of the others is not to hear of: it may want arguments,
+    or keep a register."""
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
 @functools.cache
 def _subclass(cls: type, source: type, target: type) -> type:
     """A subclass of ``cls``, which derives from ``source``, with the methods of ``target`` that ``cls`` has not of its
@@ -229,7 +254,7 @@ def _subclass(cls: type, source: type, target: type) -> type:
         return _new, (cls, source, target), *reduced[2:]
 
     namespace = {**own, **names, "_fastgru_original": cls, "__reduce_ex__": reduce}
-    return type(cls)(cls.__name__, (target, cls), namespace)
+    return type(cls)(cls.__name__, (_Unannounced, target, cls), namespace)
 
 
 def _new(cls: type, source: type, target: type) -> Any:

@@ -72,7 +72,8 @@ def _fx_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _scriptable(module: nn.Module, own: type[nn.Module], original: type[nn.Module]) -> nn.Module:
     """torch's module in the place of ours, on the same parameters, for TorchScript, which cannot compile ours."""
-    if type(module) is not own:
+    # fastgru.convert notes there what it made the class from.
+    if type(module) is not own and vars(type(module)).get("_fastgru_original") is not original:
         raise RuntimeError(
             f"torch.jit.script cannot compile {type(module).__name__}, which derives from fastgru.{own.__name__}: "
             "call fastgru.revert(model) first, or derive it from torch.nn's class"
@@ -128,8 +129,34 @@ class GRU(nn.RNNBase):
     def __prepare_scriptable__(self) -> nn.Module:
         return _scriptable(self, GRU, TorchGRU)
 
+    def _slow_forward(self, input: Any, hx: Tensor | None = None, *rest: Any, **options: Any) -> Any:
+        """What torch.jit.trace and the old ONNX exporter call in the place of ``forward``."""
+        # That exporter also passes what the caller left out.
+        padded = any(value is not None for value in (*rest, *options.values()))
+        if torch.onnx.is_in_onnx_export() and not padded and type(self).forward is GRU.forward:
+            # It knows torch's operators and no others.
+            return TorchGRU.forward(self, input, hx)  # type: ignore[call-overload]
+        if hx is None and isinstance(input, PackedSequence):
+            # The batch as a tensor: a number would become part of what is recorded.
+            layers = self.num_layers * (2 if self.bidirectional else 1)
+            data, batch_sizes = input[:2]
+            size: Any = (layers, batch_sizes[0], self.hidden_size)
+            hx = torch.zeros(size, dtype=data.dtype, device=data.device)
+        return super()._slow_forward(input, hx, *rest, **options)  # type: ignore[no-untyped-call]
+
     def flatten_parameters(self) -> None:
         """Accepted and needless: the kernels take the parameters wherever they are."""
+
+    def _init_flat_weights(self) -> None:
+        # RNNBase keeps a list of the weights and weak references to them, which bar torch.utils.swap_tensors.
+        self._flat_weight_refs: list[Any] = []
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._init_flat_weights()
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.save_gates else ", save_gates=False")
@@ -321,6 +348,12 @@ class GRUCell(nn.GRUCell):
 
     def __prepare_scriptable__(self) -> nn.Module:
         return _scriptable(self, GRUCell, TorchGRUCell)
+
+    def _slow_forward(self, *input: Any, **options: Any) -> Any:
+        """What torch.jit.trace and the old ONNX exporter call in the place of ``forward``."""
+        if torch.onnx.is_in_onnx_export() and type(self).forward is GRUCell.forward:
+            return super().forward(*input, **options)
+        return super()._slow_forward(*input, **options)  # type: ignore[no-untyped-call]
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step. See the class for shapes and errors."""

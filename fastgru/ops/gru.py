@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
+from torch._C._functorch import get_dynamic_layer_stack_depth
 from torch.autograd import forward_ad
 
 from fastgru.backends import registry
@@ -83,7 +83,7 @@ def gru(
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     directions = 2 if bidirectional else 1
     stride = directions * (4 if has_biases else 2)
-    transformed = maybe_current_level() is not None or forward_ad._current_level >= 0
+    transformed = get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
     compiling = torch.compiler.is_compiling()
     # What torch.jit.trace records has to be an operator, and the same one without gradients.
     records_gates = save_gates and torch.is_grad_enabled() and (compiling or not torch._C._is_tracing())
@@ -158,10 +158,12 @@ def _raise_unlike(input: Tensor, hx: Tensor, weights: Sequence[Tensor]) -> NoRet
                 f"Input and {kind} tensors are not at the same device, found input tensor at {input.device} "
                 f"and {kind} tensor at {t.device}"
             )
-    if hx.dtype is not input.dtype:
-        raise RuntimeError(_dtype_message(hx, weights[0], "mat1"))
+    first = weights[0]
+    for left in (input, hx):
+        if left.dtype is not first.dtype:
+            raise RuntimeError(_dtype_message(left, first, "mat1"))
     odd = next(weight for weight in weights if weight.dtype is not input.dtype)
-    raise RuntimeError(_dtype_message(input, odd, "mat1" if odd is weights[0] else "self"))
+    raise RuntimeError(_dtype_message(input, odd, "self"))
 
 
 def _dtype_message(left: Tensor, right: Tensor, name: str) -> str:
@@ -172,8 +174,15 @@ def _dtype_message(left: Tensor, right: Tensor, name: str) -> str:
 def _autocast(
     input: Tensor, hx: Tensor, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Sequence[Tensor], torch.dtype]:
-    """Casts as nn.GRU does under autocast. On the CPU that casts only products: the state gives the result's type."""
+    """Casts as nn.GRU does under autocast: neither float64 nor what is no float. On the CPU that casts only products,
+    and the state gives the result's type."""
     device = input.device.type
     dtype = torch.get_autocast_dtype(device)
-    result = torch.promote_types(hx.dtype, dtype) if device == "cpu" else dtype
-    return input.to(dtype), hx.to(dtype), [weight.to(dtype) for weight in weights], result
+    if input.dtype is torch.float64:
+        result = input.dtype
+    else:
+        result = torch.promote_types(hx.dtype, dtype) if device == "cpu" else dtype
+    input, hx, *weights = (
+        t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in (input, hx, *weights)
+    )
+    return input, hx, weights, result
