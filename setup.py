@@ -22,6 +22,7 @@ KERNELS = sorted(CUDA.rglob("*.cu"))
 HEADERS = [str(path) for pattern in ("*.h", "*.inc", "*.cuh") for path in sorted(Path("csrc").rglob(pattern))]
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 # By the CUDA version from which on they are known, newest first.
+COMPILE_ARGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi"]
 ARCHITECTURES = {"12.8": "8.0;9.0a;10.0+PTX", "12.0": "8.0;9.0a;9.0+PTX"}
 
 
@@ -179,7 +180,8 @@ def extension() -> dict[str, Any]:
         depends=HEADERS,
         include_dirs=[str(Path("csrc").resolve())],
         define_macros=MACROS,
-        extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi"],
+        # Messages name a source file, and not where it lay on the machine that built it.
+        extra_compile_args=[*COMPILE_ARGS, f"-fmacro-prefix-map={Path.cwd()}/="],
         py_limited_api=True,
     )
     arguments: dict[str, Any] = {"ext_modules": [module], "cmdclass": {"build_ext": Build, "bdist_wheel": Wheel}}
