@@ -21,8 +21,8 @@ CUDA_SOURCES = sorted(CUDA.rglob("*.cpp"))
 KERNELS = sorted(CUDA.rglob("*.cu"))
 HEADERS = [str(path) for pattern in ("*.h", "*.inc", "*.cuh") for path in sorted(Path("csrc").rglob(pattern))]
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
-# By the CUDA version from which on they are known, newest first.
 COMPILE_ARGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi"]
+# By the CUDA version from which on they are known, newest first.
 ARCHITECTURES = {"12.8": "8.0;9.0a;10.0+PTX", "12.0": "8.0;9.0a;9.0+PTX"}
 
 

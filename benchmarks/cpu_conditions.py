@@ -31,6 +31,7 @@ from fastgru.cli import _machine
 from fastgru.cli._timing import time_pair
 
 Step = Callable[[], Any]
+Save = Callable[[dict[str, Any]], None]  # called with what a part has so far, after every row
 CPU = torch.device("cpu")
 
 
@@ -50,7 +51,7 @@ def steps(module: nn.Module, x: Any, hx: torch.Tensor) -> tuple[Step, Step]:
     return forward, training
 
 
-def sweep(shapes: int, seconds: float) -> dict[str, Any]:
+def sweep(shapes: int, seconds: float, save: Save) -> None:
     """Random shapes, layers, directions and packings beside nn.GRU."""
     draw = random.Random(0)
     rows = []
@@ -74,15 +75,15 @@ def sweep(shapes: int, seconds: float) -> dict[str, Any]:
             row[mode] = time_pair(baseline, candidate, device=CPU, seconds=seconds).summary()
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
-    summary = {}
-    for mode in ("forward", "training"):
-        values = [row[mode]["speedup"] for row in rows]
-        summary[mode] = {
-            "geometric_mean": geometric_mean(values),
-            "worst": min(values),
-            "below_one": sum(value < 1 for value in values),
-        }
-    return {"rows": rows, "summary": summary}
+        summary = {}
+        for mode in ("forward", "training"):
+            values = [row[mode]["speedup"] for row in rows]
+            summary[mode] = {
+                "geometric_mean": geometric_mean(values),
+                "worst": min(values),
+                "below_one": sum(value < 1 for value in values),
+            }
+        save({"rows": rows, "summary": summary})
 
 
 def block(function: Step, seconds: float) -> float:
@@ -95,7 +96,7 @@ def block(function: Step, seconds: float) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def neighbour(seconds: float) -> dict[str, Any]:
+def neighbour(seconds: float, save: Save) -> None:
     """Time with a busy process pinned to one core, over time without."""
     core = max(os.sched_getaffinity(0))
     spin = f"import os; os.sched_setaffinity(0, [{core}]); any(iter(int, 1))"
@@ -122,11 +123,11 @@ def neighbour(seconds: float) -> dict[str, Any]:
             row.setdefault(mode, {})[name] = beside[mode, name] / alone[mode, name]
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
-    worst = {mode: max(row[mode]["fastgru"] for row in rows) for mode in ("forward", "training")}
-    return {"core": core, "rows": rows, "summary": {"worst": worst}}
+        worst = {mode: max(row[mode]["fastgru"] for row in rows) for mode in ("forward", "training")}
+        save({"core": core, "rows": rows, "summary": {"worst": worst}})
 
 
-def memory(threads: int) -> dict[str, Any]:
+def memory(threads: int, save: Save) -> None:
     """Peak resident memory of training steps, beyond what the process held before them."""
     rows = []
     for problem in CPU_GRU:
@@ -136,10 +137,10 @@ def memory(threads: int) -> dict[str, Any]:
         row["of_nn_gru"] = {name: row["bytes"][name] / row["bytes"]["nn.GRU"] for name in list(row["bytes"])[1:]}
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
-    return {"rows": rows}
+        save({"rows": rows})
 
 
-def bf16(seconds: float) -> dict[str, Any]:
+def bf16(seconds: float, save: Save) -> None:
     """bfloat16 beside fastgru's own float32."""
     rows = []
     for problem in (Problem(64, 32, 256, 256), Problem(64, 32, 512, 512), Problem(64, 128, 512, 512)):
@@ -152,7 +153,7 @@ def bf16(seconds: float) -> dict[str, Any]:
             row[mode] = time_pair(baseline, candidate, device=CPU, seconds=seconds).summary()
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
-    return {"isa": torch.ops.fastgru.cpu_isa(), "rows": rows}
+        save({"isa": torch.ops.fastgru.cpu_isa(), "rows": rows})
 
 
 def main() -> None:
@@ -164,11 +165,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "memory": lambda: memory(options.threads),
-        "bf16": lambda: bf16(options.seconds),
-        "neighbour": lambda: neighbour(options.seconds),
-        "sweep": lambda: sweep(options.shapes, options.seconds),
+    parts: dict[str, Callable[[Save], None]] = {
+        "memory": lambda save: memory(options.threads, save),
+        "bf16": lambda save: bf16(options.seconds, save),
+        "neighbour": lambda save: neighbour(options.seconds, save),
+        "sweep": lambda save: sweep(options.shapes, options.seconds, save),
     }
     path = options.output / "cpu_conditions.json"
     record = json.loads(path.read_text()) if options.only and path.exists() else {}
@@ -181,8 +182,12 @@ def main() -> None:
     }
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.only or parts:
-        record[name] = parts[name]()
-        path.write_text(json.dumps(record, indent=1) + "\n")
+
+        def save(result: dict[str, Any], name: str = name) -> None:
+            record[name] = result
+            path.write_text(json.dumps(record, indent=1) + "\n")
+
+        parts[name](save)
     shapes = record.get("sweep", {}).get("rows", [])
     if shapes:
         for mode in ("forward", "training"):

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +128,20 @@ def test_calls_from_several_python_threads() -> None:
     assert not wrong
 
 
+def test_strides_beyond_32_bits(isa: str, tmp_path: Path) -> None:
+    # Two steps of the input lie more than 2^31 elements apart, in a file of which all but a few pages are holes.
+    stride = 2**31 + 8
+    far = torch.from_file(str(tmp_path / "x"), shared=True, size=stride + 64, dtype=torch.bfloat16)
+    module = fastgru.GRU(8, 24, dtype=torch.bfloat16)
+    x, hx = torch.randn(2, 3, 8, dtype=torch.bfloat16), torch.zeros(1, 3, 24, dtype=torch.bfloat16)
+    view = far.as_strided(x.shape, (stride, 8, 1))
+    view.copy_(x)
+    with torch.no_grad():
+        _assert_same(list(module(view, hx)), list(module(x, hx)))
+    want = torch.autograd.grad(module(x, hx)[0].sum(), module.weight_ih_l0)
+    _assert_same(list(torch.autograd.grad(module(view, hx)[0].sum(), module.weight_ih_l0)), list(want))
+
+
 PROGRAMS = {
     # What a DataLoader worker is: a fork of a process that has used its threads, told to use one.
     "fork": """
@@ -153,6 +168,36 @@ PROGRAMS = {
         finally:
             neighbour.kill()
             neighbour.wait()
+    """,
+    # As an extension does that parallelises over problems: every thread of OpenMP's calls the layer, whose own region
+    # is then nested, and runs on that thread alone.
+    "inside another parallel region": """
+        import ctypes
+        want, got = run(), []
+        loaded = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
+        region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: got.append(run()))
+        ctypes.CDLL(loaded.pop()).GOMP_parallel(region, None, 3, 0)
+        assert len(got) == 3 and all(torch.equal(grad, want) for grad in got)
+    """,
+    "more threads than cores": """
+        want = run()
+        torch.set_num_threads(4 * os.cpu_count() + 1)
+        assert all(torch.equal(run(), want) for _ in range(20))
+    """,
+    "out of memory": """
+        import resource
+        want = run()
+        layer = fastgru.GRU(8, 8)
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20),) * 2)
+        try:
+            with torch.no_grad():
+                layer(torch.zeros(1, 1, 8).expand(4_000_000, 1, 8))
+        except RuntimeError as error:
+            assert "can't allocate memory" in str(error), error
+        else:
+            raise AssertionError("there was enough memory")
+        assert torch.equal(run(), want)
     """,
     "one OpenMP thread": """
         assert torch.get_num_threads() == 1

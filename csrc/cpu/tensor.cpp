@@ -6,6 +6,9 @@
 #include <atomic>
 #include <cstring>
 
+// What torch's last exception on this thread said. Torch has it since 2.13; this library runs on 2.10 too.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace fastgru {
 namespace {
 
@@ -72,8 +75,12 @@ Parallel torch_threads() {
 
 Tensor strided_tensor(int32_t dtype, const std::vector<int64_t>& size, const std::vector<int64_t>& strides) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  if (aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), dtype, aoti_torch_device_type_cpu(),
+                               0, &handle) != 0) {
+    // The sizes are sound: what can fail is the allocator, whose own words these are.
+    STD_TORCH_CHECK(false, torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace()
+                                                                      : "DefaultCPUAllocator: can't allocate memory");
+  }
   Tensor t(handle);
   const size_t bytes = t.numel() * t.element_size();
   if (bytes >= 2 * kLargePage) prefer_large_pages(t.mutable_data_ptr(), bytes);
@@ -137,7 +144,12 @@ Arena::~Arena() {
 
 void* Arena::allocate(size_t bytes) {
   bytes = (bytes + 63) / 64 * 64;
-  if (!slab_.data()) slab_ = Slab(std::max({wanted_, kFirst, bytes}));
+  if (!slab_.data()) {
+    // Not asked for again by the next call, if there is no memory for it.
+    const size_t wanted = std::exchange(wanted_, 0);
+    slab_ = Slab(std::max({wanted, kFirst, bytes}));
+    wanted_ = wanted;
+  }
   void* result = slab_.data() + used_;
   if (used_ + bytes > slab_.bytes()) {
     overflow_.emplace_back(bytes);
