@@ -426,7 +426,7 @@ def test_float32_without_tf32_is_refused_by_the_library_and_goes_on(
         with pytest.warns(RuntimeWarning, match="because cuda: it multiplies float32 as TF32"):
             module(x)
         assert asked[-1] == (None, torch.float32, 7, 3, 1, False, "")
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+        monkeypatch.setattr("fastgru.backends.recurrence.tf32", lambda: True)
         ran: list[bool] = []
         monkeypatch.setattr(
             kernels, "forward", lambda *arguments: ran.append(TorchKernels.forward(kernels, *arguments))

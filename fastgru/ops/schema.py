@@ -89,7 +89,7 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
     """Calls an operator. With no gradient to record it goes below autograd, whose way through Python is longer than a
     step of a small GRU; in inference mode torch does so itself."""
-    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)

@@ -9,10 +9,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <map>
 #include <random>
 #include <string>
-#include <utility>
+#include <unordered_map>
 #include <vector>
 
 #include "emulated_primitives.h"
@@ -34,7 +33,7 @@ struct Exchange {
   struct Set {
     int fences;
     uint32_t* at;
-    bool lazy;  // takes much longer than most
+    bool lazy;  // comes when all wait for it, or nearly so
     std::vector<uint32_t> words;
   };
   struct Version {
@@ -42,8 +41,20 @@ struct Exchange {
     uint32_t word;
   };
 
-  explicit Exchange(uint64_t seed, GridFault fault) : random(seed), fault(fault), lost(1 + seed % 11) {
-    const int odds[] = {2, 8, 64};
+  // `words` is the exchange, of a grid of so many blocks along x, and threads in all and in each block.
+  Exchange(uint64_t seed, GridFault fault, std::vector<uint32_t>& words, int blocks_x, int threads, int in_block)
+      : random(seed),
+        fault(fault),
+        lost(1 + seed % 11),
+        first(words.data()),
+        blocks_x(blocks_x),
+        in_block(in_block),
+        waiting(threads),
+        fences(threads),
+        horizon(threads),
+        last_seen(threads),
+        history(words.size()) {
+    const int odds[] = {1, 4, 16};
     delay = odds[seed % 3];
   }
 
@@ -52,7 +63,7 @@ struct Exchange {
     return exchange;
   }
 
-  int self() const { return machine().block_y() * 1000000 + machine().block_x() * 1000 + machine().thread(); }
+  int self() const { return (machine().block_y() * blocks_x + machine().block_x()) * in_block + machine().thread(); }
   bool is_victim() const { return machine().block_x() == 0 && machine().block_y() == 0; }
 
   void set(uint32_t* at, const uint32_t* words, int n) {
@@ -63,27 +74,26 @@ struct Exchange {
     idle = 0;
     std::vector<Set>& sets = waiting[self()];
     if (sets.empty()) active.push_back(self());
-    sets.push_back({fences[self()], at, random() % 8 == 0, {words, words + n}});
+    sets.push_back({fences[self()], at, empty && random() % 32 == 0, {words, words + n}});
     machine().hesitate();
   }
 
   void look(const uint32_t* at, uint32_t* words, int n) {
     // The machine cannot see that all of its threads look for what never comes.
-    if (++idle > 3'000'000) machine().fail("looked for a word that never came");
+    if (++idle > 4000 * waiting.size()) machine().fail("looked for a word that never came");
     machine().hesitate();
     if (!active.empty() && random() % delay == 0) arrive();
     for (int i = 0; i < n; ++i) {
       machine().check_global(at + i, 4, false);
-      const auto found = history.find(at + i);
-      if (found == history.end()) {
+      const std::vector<Version>& versions = history[at + i - first];
+      if (versions.empty()) {
         words[i] = at[i];
         continue;
       }
-      const std::vector<Version>& versions = found->second;
-      size_t& seen = last_seen[{self(), at + i}];
-      const auto fenced = horizon.find(self());
-      while (seen + 1 < versions.size() && fenced != horizon.end() && versions[seen + 1].time <= fenced->second) ++seen;
-      seen += random() % 4 == 0 ? 0 : random() % (versions.size() - seen);
+      size_t& seen = last_seen[self()][at + i - first];
+      while (seen + 1 < versions.size() && versions[seen + 1].time <= horizon[self()]) ++seen;
+      // Some threads hold on to what they have seen.
+      seen += random() % (self() % 8 == 0 ? 64 : 2) != 0 ? 0 : random() % (versions.size() - seen);
       words[i] = versions[seen].word;
     }
   }
@@ -103,7 +113,7 @@ struct Exchange {
     size_t index = random() % end;
     for (size_t i = 0; i < index; ++i)
       if (sets[i].at == sets[index].at) index = i;
-    if (sets[index].lazy && random() % 256 != 0) return;
+    if (sets[index].lazy && idle < 100 * waiting.size()) return;
     idle = 0;
     const Set set = sets[index];
     sets.erase(sets.begin() + long(index));
@@ -113,7 +123,7 @@ struct Exchange {
     }
     ++now;
     for (size_t i = 0; i < set.words.size(); ++i) {
-      std::vector<Version>& versions = history[set.at + i];
+      std::vector<Version>& versions = history[set.at + i - first];
       if (versions.empty()) versions.push_back({0, set.at[i]});
       versions.push_back({now, set.words[i]});
       set.at[i] = set.words[i];
@@ -124,12 +134,16 @@ struct Exchange {
   GridFault fault;
   int lost;
   uint64_t delay, now = 0, idle = 0;
-  std::map<int, std::vector<Set>> waiting;  // of each thread
-  std::vector<int> active;                  // the threads of which any wait
-  std::map<int, int> fences;
-  std::map<int, uint64_t> horizon;
-  std::map<const uint32_t*, std::vector<Version>> history;
-  std::map<std::pair<int, const uint32_t*>, size_t> last_seen;
+  uint32_t* first;
+  int blocks_x, in_block;
+  std::vector<int> active;  // the threads of which any word waits
+  // Of each thread:
+  std::vector<std::vector<Set>> waiting;
+  std::vector<int> fences;
+  std::vector<uint64_t> horizon;
+  std::vector<std::unordered_map<size_t, size_t>> last_seen;
+  // Of each word: what it has been since it was first set.
+  std::vector<std::vector<Version>> history;
 };
 
 inline void peek(const uint32_t* from, uint32_t (&words)[2]) { Exchange::current()->look(from, words, 2); }

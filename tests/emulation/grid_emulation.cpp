@@ -79,7 +79,7 @@ void launch(Precision precision, int H, int B, int D, int column_tiles, bool eac
       grid.y = each_direction ? 1 : D;
       grid.threads = GRID_THREADS;
       grid.shared_bytes = shape.bytes;
-      Exchange words(run.seed, fault_of(run.fault));
+      Exchange words(run.seed, fault_of(run.fault), exchange, grid.x, grid.x * grid.y * grid.threads, grid.threads);
       Exchange::current() = &words;
       const auto fault = run.fault == "no block barrier" ? emulation::Fault::no_block_barrier : emulation::Fault::none;
       emulation::Machine(grid, {run.seed, fault}, memory.regions).run([&] {
