@@ -19,7 +19,8 @@ from typing import Any
 import stage
 import torch
 import torch.nn.functional as F
-from bench_gru import ceilings, seconds
+from roofline import gpu_roofline
+from timing import device_time
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -87,14 +88,14 @@ def measure(contender: str, D: int, causal: bool, L: int, dtype: torch.dtype, ma
                 return {"refused": broken}
             q, k, v = draw(B, H, L, D, dtype)
             with torch.no_grad():
-                forward = seconds(lambda: call(q, k, v, is_causal=causal))
+                forward = device_time(lambda: call(q, k, v, is_causal=causal))
             operations = 4 * B * H * L * L * D / (2 if causal else 1)
             entry: dict[str, Any] = {**forward, "tflops": operations / forward["device_us"] / 1e6}
             entry["of_matmul"] = entry["tflops"] / matmul
             if contender != "gluon":
                 output = call(q, k, v, is_causal=causal)
                 seed = torch.randn_like(output)
-                backward = seconds(lambda: torch.autograd.grad(output, (q, k, v), seed, retain_graph=True))
+                backward = device_time(lambda: torch.autograd.grad(output, (q, k, v), seed, retain_graph=True))
                 entry["backward"] = {**backward, "tflops": 2.5 * operations / backward["device_us"] / 1e6}
                 entry["backward"]["of_matmul"] = entry["backward"]["tflops"] / matmul
             return entry
@@ -106,7 +107,7 @@ def main() -> None:
     arguments = stage.parser(__doc__).parse_args()
     stage.require_gpu()
     record = stage.Record("attention", arguments.out, arguments.minutes)
-    limits = ceilings()
+    limits = gpu_roofline()
     record.set(architecture=gpu_table.architecture("cuda"), ceilings=limits)
     for dtype in (torch.bfloat16, torch.float16):
         for D, causal, L in SHAPES:
@@ -117,7 +118,7 @@ def main() -> None:
             record.add(
                 precision=name, D=D, causal=causal, L=L, B=max(1, 16384 // L), H=2048 // D,
                 contenders={
-                    one: measure(one, D, causal, L, dtype, limits["bf16_matmul_tflops"]) for one in contenders
+                    one: measure(one, D, causal, L, dtype, limits[f"{name}_matmul_tflops"]) for one in contenders
                 },
             )  # fmt: skip
     record.set(finished=True)
