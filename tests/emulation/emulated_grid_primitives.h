@@ -92,8 +92,9 @@ struct Exchange {
       }
       size_t& seen = last_seen[self()][at + i - first];
       while (seen + 1 < versions.size() && versions[seen + 1].time <= horizon[self()]) ++seen;
-      // Some threads hold on to what they have seen.
-      seen += random() % (self() % 8 == 0 ? 64 : 2) != 0 ? 0 : random() % (versions.size() - seen);
+      // Some threads hold on to a number they have seen.
+      const bool holds = self() % 8 == 0 && versions[seen].word != 0xffffffff;
+      seen += random() % (holds ? 64 : 2) != 0 ? 0 : random() % (versions.size() - seen);
       words[i] = versions[seen].word;
     }
   }
