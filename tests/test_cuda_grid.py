@@ -89,7 +89,7 @@ FAULTS = [
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_faults_do_not_go_unnoticed(emulation: ModuleType, direction: str, fault: str) -> None:
     """Wrong numbers, or an error of the emulation; some faults need a certain order of events to bring one about."""
-    layer = Layer(Problem(H=33, T=12, B=2))
+    layer = Layer(Problem(H=33, T=9, B=2))
     output, h_n, gates = layer.forward(emulation)
     wanted = (output, h_n) if direction == "forward" else layer.backward(emulation, output, gates)
 

@@ -33,7 +33,7 @@ struct Exchange {
   struct Set {
     int fences;
     uint32_t* at;
-    bool lazy;  // comes when all wait for it, or nearly so
+    bool lazy;  // comes when all wait for it, or nearly so; in small grids, where that is soon
     std::vector<uint32_t> words;
   };
   struct Version {
@@ -74,7 +74,7 @@ struct Exchange {
     idle = 0;
     std::vector<Set>& sets = waiting[self()];
     if (sets.empty()) active.push_back(self());
-    sets.push_back({fences[self()], at, empty && random() % 32 == 0, {words, words + n}});
+    sets.push_back({fences[self()], at, empty && waiting.size() <= 1024 && random() % 32 == 0, {words, words + n}});
     machine().hesitate();
   }
 
