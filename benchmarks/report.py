@@ -81,8 +81,10 @@ def cpu_gru(record: dict[str, Any]) -> Section:
             plot(record, path)
             return path.read_bytes()
 
+    peak = record["roofline"]["fma_peak_gflops"]
     return Section(
-        "The GRU on a CPU",
+        # Two processors may go by one name.
+        f"The GRU on a CPU of {peak:.0f} GFLOP/s",
         tables,
         draw,
         [

@@ -46,6 +46,7 @@ def cpu_gru_record() -> dict[str, Any]:
         "versions": VERSIONS,
         "commit": "0123456789ab",
         "threads": 2,
+        "roofline": {"fma_peak_gflops": 486.4},
         "rows": [{"T": 64, "B": 32, "I": 128, "H": 256, "forward": mode, "training": mode}],
         "summary": {"forward beside nn.GRU": {"geometric_mean": 2.034, "worst": 2.03}},
     }
@@ -117,6 +118,7 @@ def test_blocks_and_pictures_are_made_from_the_records(
     assert len(list((root / "docs/images").glob("suite-*.png"))) == 1
     page = (root / "docs/performance.md").read_text()
     assert f"(images/{picture.name})" in page
+    assert "## The GRU on a CPU of 486 GFLOP/s" in page
     assert "| 64, 32, 128, 256 | 1,234 | 2,500 (2.03x, 1.98-2.07) | 321 | 66% |" in page
     assert (
         "|  |  | median, µs | quartiles, µs | 90 %, µs | 99 %, µs | GFLOP/s | of the limit | which is | peak, MB |"
