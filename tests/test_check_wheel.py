@@ -11,6 +11,7 @@ import struct
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,13 +30,22 @@ Requires-Dist: rich>=13; extra == "demo"
 
 Text.
 """
+CUBINS = {"manifest.json": '{"kernels": {"one": {"file": "one.cubin"}}}', "one.cubin": "code"}
 CODE = 'extern "C" int aoti_torch_abi_version(); int f() { return aoti_torch_abi_version(); }\n'
 
 
 def check(
-    directory: Path, name: str = "fastgru-0.1.0", code: str = "", flags: tuple[str, ...] = (), **more: str
+    directory: Path,
+    name: str = "fastgru-0.1.0",
+    code: str = "",
+    flags: tuple[str, ...] = (),
+    cubins: dict[str, str] | None = None,
+    **more: str,
 ) -> None:
-    """Check a small wheel with a library made of ``code`` and of one call of torch; ``more`` replaces or adds files."""
+    """Check a small wheel with a library made of ``code`` and of one call of torch; ``more`` replaces or adds files.
+
+    ``cubins`` are the kernels compiled ahead: those of a CUDA wheel, unless others are given.
+    """
     source, library = directory / "code.cpp", directory / "_C.so"
     source.write_text(CODE + code)
     compiler = os.environ.get("CXX", "g++")
@@ -49,6 +59,8 @@ def check(
     info = "fastgru-0.1.0" if name.endswith(".whl") else name
     files = {f"{info}.dist-info/{file}": text for file, text in {**files, **more}.items() if "so" not in file}
     files |= {"fastgru/py.typed": "", "fastgru/kernels/__init__.py": ""}
+    cubins = (CUBINS if "+cu" in name else {}) if cubins is None else cubins
+    files |= {f"fastgru/cubins/{file}": text for file, text in cubins.items()}
     files |= {file: text for file, text in more.items() if "so" in file}
     wheel = directory / (name if name.endswith(".whl") else f"{name}-py3-none-{PLATFORM}.whl")
     with zipfile.ZipFile(wheel, "w") as content:
@@ -116,12 +128,15 @@ def call(function: str) -> str:
         ({"code": "namespace c10 { int h(); } int g() { return c10::h(); }"}, "torch's stable ABI: ('c10::h()'"),
         ({"code": call("torch_from_blob")}, "('torch_from_blob',) need torch 2.11"),
         ({"code": call("aoti_torch_nothing")}, "torch-abi-audit does not know ('aoti_torch_nothing',)"),
+        ({**CUDA, "cubins": {}}, "kernels compiled ahead belong into a CUDA wheel"),
+        ({"cubins": CUBINS}, "kernels compiled ahead belong into a CUDA wheel"),
+        ({**CUDA, "cubins": {**CUBINS, "two.cubin": ""}}, "its manifest lists"),
         (CUDA, "its device code is [], not machine code and PTX"),
         ({**CUDA, "code": device_code((2, 80), (2, 90))}, "its device code is ['sm_80', 'sm_90'], not"),
         ({"code": device_code((2, 80), (1, 80))}, "it holds device code (['compute_80', 'sm_80']), but its version"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_a_bad_wheel_is_refused(tmp_path: Path, arguments: dict[str, str], says: str) -> None:
+def test_a_bad_wheel_is_refused(tmp_path: Path, arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(SystemExit, match=re.escape(says)):
         check(tmp_path, **arguments)
