@@ -180,6 +180,7 @@ def extension() -> dict[str, Any]:
         depends=HEADERS,
         include_dirs=[str(Path("csrc").resolve())],
         define_macros=MACROS,
+        libraries=["dl"],
         # Messages name a source file, and not where it lay on the machine that built it.
         extra_compile_args=[*COMPILE_ARGS, f"-fmacro-prefix-map={Path.cwd()}/="],
         py_limited_api=True,
@@ -188,7 +189,7 @@ def extension() -> dict[str, Any]:
     if home is not None:
         module.include_dirs.append(str(home / "include"))
         module.library_dirs += [str(path) for path in (home / "lib64", home / "lib") if path.is_dir()]
-        module.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        module.libraries += ["cudart_static", "rt", "pthread"]
         module.depends += [str(path) for path in KERNELS]
         arguments["cmdclass"]["egg_info"] = Info
     return arguments

@@ -30,7 +30,7 @@ Requires-Dist: rich>=13; extra == "demo"
 
 Text.
 """
-CUBINS = {"manifest.json": '{"kernels": {"one": {"file": "one.cubin"}}}', "one.cubin": "code"}
+CUBINS = {"": "", "manifest.json": '{"kernels": {"one": {"file": "one.cubin"}}}', "one.cubin": "code"}
 CODE = 'extern "C" int aoti_torch_abi_version(); int f() { return aoti_torch_abi_version(); }\n'
 
 

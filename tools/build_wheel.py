@@ -75,8 +75,8 @@ def pinned_triton() -> Path:
 def old_glibc(directory: Path) -> None:
     """Fill ``directory`` with stand-ins to link with for libdl, libpthread and librt, as they were before glibc 2.34.
 
-    Since then libc has their functions, under new versions that no older glibc knows; the static CUDA runtime would be
-    bound to those. The old versions are there too, so what is linked with the stand-ins runs with old and new. They
+    Since then libc has their functions, under new versions that no older glibc knows; this library and the static CUDA
+    runtime would be bound to those. The old versions are there too, so what is linked with the stand-ins runs with old and new. They
     hold names only and are not shipped.
     """
     compiler = os.environ.get("CXX", "g++")
@@ -101,17 +101,17 @@ def old_glibc(directory: Path) -> None:
 
 def build(cuda: str | None, out: Path) -> Path:
     """Build sdist and wheel into ``out`` and return the wheel."""
-    environment = {"FASTGRU_CUDA": "0"}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
+        old_glibc(work)
+        environment = {"FASTGRU_CUDA": "0", "LDFLAGS": f"-L{work}"}
         # The sources are the same whatever is built from them, and so is their version.
         run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, **environment)
         sdist = max(out.glob("*.tar.gz"), key=lambda path: path.stat().st_mtime)
         with tarfile.open(sdist) as archive:
             archive.extractall(work, filter="data")
         if cuda is not None:
-            old_glibc(work)
-            environment = {"FASTGRU_CUDA": "1", "CUDA_HOME": str(toolkit(cuda)), "LDFLAGS": f"-L{work}"}
+            environment |= {"FASTGRU_CUDA": "1", "CUDA_HOME": str(toolkit(cuda))}
             environment |= {"FASTGRU_CUBINS": "1", "PYTHONPATH": str(pinned_triton())}
         source = work / sdist.name.removesuffix(".tar.gz")
         run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", work, source, **environment)

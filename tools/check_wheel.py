@@ -92,7 +92,8 @@ def check_names(wheel: Path, content: zipfile.ZipFile) -> None:
     check(runtime == ["torch>=2.10"], wheel, f"it requires {runtime}, not torch alone")
     libraries = [name for name in content.namelist() if ".so" in Path(name).name or ".libs/" in name]
     check(libraries == [LIBRARY], wheel, f"it holds {libraries}, not {LIBRARY} alone")
-    cubins = {name for name in content.namelist() if name.startswith("fastgru/cubins/")}
+    # auditwheel adds the folders themselves.
+    cubins = {name for name in content.namelist() if name.startswith("fastgru/cubins/") and not name.endswith("/")}
     listed = set()
     if cubins:
         kernels = json.loads(content.read("fastgru/cubins/manifest.json"))["kernels"]

@@ -1,13 +1,11 @@
 #include "tensor.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-
-// What torch's last exception on this thread said. Torch has it since 2.13; this library runs on 2.10 too.
-extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace fastgru {
 namespace {
@@ -73,14 +71,23 @@ Parallel torch_threads() {
   return {alone ? 1 : int(torch::stable::get_num_threads()), run_parallel, note_wait};
 }
 
+namespace {
+
+// What torch's last exception on this thread said. Torch has a function for it since 2.13; this library needs 2.10.
+const char* torch_error() {
+  using What = const char* (*)();
+  static const auto what = reinterpret_cast<What>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  return what ? what() : "DefaultCPUAllocator: can't allocate memory";
+}
+
+}  // namespace
+
 Tensor strided_tensor(int32_t dtype, const std::vector<int64_t>& size, const std::vector<int64_t>& strides) {
   AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), dtype, aoti_torch_device_type_cpu(),
-                               0, &handle) != 0) {
-    // The sizes are sound: what can fail is the allocator, whose own words these are.
-    STD_TORCH_CHECK(false, torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace()
-                                                                      : "DefaultCPUAllocator: can't allocate memory");
-  }
+  // The sizes are sound: what can fail is the allocator, whose own words these are.
+  STD_TORCH_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), dtype,
+                                           aoti_torch_device_type_cpu(), 0, &handle) == 0,
+                  torch_error());
   Tensor t(handle);
   const size_t bytes = t.numel() * t.element_size();
   if (bytes >= 2 * kLargePage) prefer_large_pages(t.mutable_data_ptr(), bytes);
