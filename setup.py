@@ -189,7 +189,7 @@ def extension() -> dict[str, Any]:
     if home is not None:
         module.include_dirs.append(str(home / "include"))
         module.library_dirs += [str(path) for path in (home / "lib64", home / "lib") if path.is_dir()]
-        module.libraries += ["cudart_static", "rt", "pthread"]
+        module.libraries[:0] = ["cudart_static", "rt", "pthread"]  # before dl, which they need
         module.depends += [str(path) for path in KERNELS]
         arguments["cmdclass"]["egg_info"] = Info
     return arguments

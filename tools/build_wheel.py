@@ -76,8 +76,8 @@ def old_glibc(directory: Path) -> None:
     """Fill ``directory`` with stand-ins to link with for libdl, libpthread and librt, as they were before glibc 2.34.
 
     Since then libc has their functions, under new versions that no older glibc knows; this library and the static CUDA
-    runtime would be bound to those. The old versions are there too, so what is linked with the stand-ins runs with old and new. They
-    hold names only and are not shipped.
+    runtime would be bound to those. The old versions are there too, so what is linked with the stand-ins runs with old
+    and new. They hold names only and are not shipped.
     """
     compiler = os.environ.get("CXX", "g++")
     libc = output(compiler, "-print-file-name=libc.so.6").strip()
