@@ -152,11 +152,9 @@ def kernels(library: torch.library.Library, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def chosen(kernels: Any) -> Iterator[Any]:
     """Chooses the backend, and holds float32 to float32 in every library: cuDNN's default is TF32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    with fastgru.use_backend("cuda"):
+    # Not by the attribute, which torch's own test modules freeze where they are imported.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), fastgru.use_backend("cuda"):
         yield kernels
-    torch.backends.cudnn.allow_tf32 = before
 
 
 HALF, BRAIN = torch.float16, torch.bfloat16
