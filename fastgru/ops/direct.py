@@ -1,0 +1,57 @@
+"""Calls of the backend ``cpu`` that go without torch's dispatcher, whose way from Python to a kernel and back takes
+longer than a step of a small GRU.
+
+Only what is plain: dense tensors of one dtype on the CPU, of the right sizes, in eager mode with no mode of torch
+active. Everything else, errors included, is left to the operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgru import _lib
+from fastgru.backends import registry
+from fastgru.ops.schema import GRU_OPS, TrainFunction
+
+_direct = _lib.direct
+
+
+def gru(
+    parameters: dict[str, Any],
+    names: list[str],
+    input: Tensor,
+    hx: Tensor | None,
+    num_layers: int,
+    bidirectional: bool,
+    bias: bool,
+    batch_first: bool,
+    save_gates: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """What ``ops.gru`` returns without dropout, or None where it has to be called.
+
+    Args:
+        parameters: a module's, of which ``names`` lists the weights as nn.GRU orders them.
+        hx: zeros when None.
+    """
+    if _direct is None or registry.select(input.device, input.dtype).name != "cpu":
+        return None
+    found = _direct.infer(parameters, names, input, hx, num_layers, bidirectional, bias, batch_first)
+    if found is None:
+        return None
+    if found is True:
+        # Plain, but there is a gradient to record.
+        if bidirectional or not save_gates:
+            return None
+        weights = [parameters[name] for name in names]
+        if batch_first:
+            input = input.transpose(0, 1)
+        if hx is None:
+            hx = input.new_zeros(1, input.size(1), weights[1].size(1))
+        if not bias:
+            weights += (None, None)
+        found = TrainFunction.apply(GRU_OPS["cpu"], input, hx, *weights)
+    output, h_n = found
+    return (output.transpose(0, 1) if batch_first else output), h_n
