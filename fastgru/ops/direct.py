@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastgru import _lib
 from fastgru.backends import registry
@@ -36,7 +36,11 @@ def gru(
         parameters: a module's, of which ``names`` lists the weights as nn.GRU orders them.
         hx: zeros when None.
     """
-    if _direct is None or registry.select(input.device, input.dtype).name != "cpu":
+    if _direct is None or forward_ad._current_level >= 0:
+        return None
+    # At the first call there is none: the operators' way has it chosen.
+    backend = registry.selected(input.device, input.dtype)
+    if backend is None or backend.name != "cpu":
         return None
     found = _direct.infer(parameters, names, input, hx, num_layers, bidirectional, bias, batch_first)
     if found is None:

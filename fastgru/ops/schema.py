@@ -102,7 +102,9 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
 
 def _may_be_direct(ops: GruOps, inputs: Sequence[Tensor | None]) -> bool:
     """Whether these are the inputs of one dense layer in one direction on the backend ``cpu``."""
-    return len(inputs) == 6 and ops is GRU_OPS["cpu"] and _lib.direct is not None
+    # Not in a frame that Dynamo traces, as it does those below a break of its graph.
+    plain = len(inputs) == 6 and ops is GRU_OPS["cpu"] and not torch.compiler.is_compiling()
+    return plain and _lib.direct is not None
 
 
 def _run_backward(
