@@ -142,8 +142,8 @@ def compile_cubins(directory: Path) -> None:
 
 
 def extension() -> dict[str, Any]:
-    """setup()'s arguments for the extension: a plain library in the stable ABI, one file for every Python and torch, and
-    the small module in Python's limited ABI that calls it directly."""
+    """setup()'s arguments for what is compiled: a plain library in the stable ABI, one file for every Python and torch,
+    and the small module in Python's limited ABI that calls it directly."""
     from setuptools.command.bdist_wheel import bdist_wheel
     from setuptools.command.egg_info import egg_info
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -197,7 +197,8 @@ def extension() -> dict[str, Any]:
         language="c++",
         py_limited_api=True,
     )
-    arguments: dict[str, Any] = {"ext_modules": [module, direct], "cmdclass": {"build_ext": Build, "bdist_wheel": Wheel}}
+    commands = {"build_ext": Build, "bdist_wheel": Wheel}
+    arguments: dict[str, Any] = {"ext_modules": [module, direct], "cmdclass": commands}
     if home is not None:
         module.include_dirs.append(str(home / "include"))
         module.library_dirs += [str(path) for path in (home / "lib64", home / "lib") if path.is_dir()]

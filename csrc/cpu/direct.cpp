@@ -27,10 +27,9 @@ bool gru_forward(const GruForward& given, DType dtype) {
     Arena arena;
     const Scratch scratch = arena.scratch();
     GruForward f = given;
-    if (!f.s.h0) {
-      const size_t bytes = f.s.D * f.s.B * f.s.H * kElementBytes[int(dtype)];
-      f.s.h0 = std::memset(scratch.allocate(scratch.context, bytes), 0, bytes);
-    }
+    const size_t bytes = f.s.D * f.s.B * f.s.H * kElementBytes[int(dtype)];
+    if (!f.s.h0) f.s.h0 = std::memset(scratch.allocate(scratch.context, bytes), 0, bytes);
+    if (!f.h_n) f.h_n = scratch.allocate(scratch.context, bytes);
     current_engine().forward[int(dtype)](f, torch_threads(), scratch);
   });
 }

@@ -8,7 +8,7 @@ namespace fastgru {
 
 // False: an exception ended the call, and nothing of what it wrote counts.
 struct DirectCalls {
-  // A null h0 stands for zeros.
+  // A null h0 stands for zeros; where h_n is null it is not wanted.
   bool (*gru_forward)(const GruForward&, DType);
   bool (*gru_backward)(const GruBackward&, DType);
 };

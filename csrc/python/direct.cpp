@@ -90,12 +90,13 @@ bool any_mode() {
 struct View {
   DLTensor t;
 
-  // False where the object is not a dense tensor on the CPU that has elements.
+  // False where the object is not a strided tensor on the CPU whose memory holds its elements as they are.
   bool read(PyObject* object) {
     PyTypeObject* type = Py_TYPE(object);
     if (type != tensor_type && type != parameter_type) return false;
     if (exchange->dltensor_from_py_object_no_sync(object, &t) != 0) return false;
-    return t.device.device_type == kDLCPU && t.data != nullptr;
+    if (t.device.device_type != kDLCPU || t.data == nullptr) return false;
+    return !truth(PyObject_CallMethodObjArgs(object, name_is_neg, nullptr));
   }
   int64_t size(int dim) const { return t.shape[dim]; }
   int64_t stride(int dim) const { return t.strides[dim]; }
@@ -129,8 +130,6 @@ bool find_dtype(const DLDataType& t, DType* found) {
   return true;
 }
 
-bool is_negated(PyObject* tensor) { return truth(PyObject_CallMethodObjArgs(tensor, name_is_neg, nullptr)); }
-
 bool requires_grad(PyObject* tensor) { return truth(PyObject_GetAttr(tensor, name_requires_grad)); }
 
 Owned like(PyObject* tensor) { return Owned(PyObject_CallFunctionObjArgs(empty_like, tensor, nullptr)); }
@@ -151,10 +150,10 @@ Owned make(PyObject* prototype, std::initializer_list<int64_t> sizes) {
   return Owned(shape ? PyObject_CallMethodObjArgs(prototype, name_new_empty, shape.get(), nullptr) : nullptr);
 }
 
-// Fresh memory, or null.
+// Of a fresh tensor, or null.
 void* data_of(const Owned& tensor) {
   View view;
-  return tensor && view.read(tensor.get()) ? view.data() : nullptr;
+  return tensor && exchange->dltensor_from_py_object_no_sync(tensor.get(), &view.t) == 0 ? view.data() : nullptr;
 }
 
 int64_t padded(int64_t hidden) { return (hidden + kSavedAlign - 1) / kSavedAlign * kSavedAlign; }
@@ -165,21 +164,22 @@ struct Layer {
   DType dtype{};
   View input;
 
-  // `weights`: for each direction w_ih, w_hh, b_ih, b_hh; null in the place of a bias that is not there.
-  bool read(PyObject* input_object, bool batch_first, PyObject* const* weights, int directions) {
-    if (!input.read(input_object) || input.t.ndim != 3 || !find_dtype(input.t.dtype, &dtype)) return false;
-    if (is_negated(input_object)) return false;
+  // `weights`: for each direction w_ih, w_hh, b_ih, b_hh; null in the place of a bias that is not there. The input is
+  // [T, B, I], where `time` and `batch` are 0 and 1 or the other way round, or [B, I] of one step: `time` is -1.
+  bool read(PyObject* input_object, int time, int batch, PyObject* const* weights, int directions) {
+    const int last = time < 0 ? 1 : 2;
+    if (!input.read(input_object) || input.t.ndim != last + 1 || !find_dtype(input.t.dtype, &dtype)) return false;
     s.D = directions;
-    s.T = input.size(batch_first ? 1 : 0);
-    s.B = input.size(batch_first ? 0 : 1);
-    s.I = input.size(2);
+    s.T = time < 0 ? 1 : input.size(time);
+    s.B = input.size(batch);
+    s.I = input.size(last);
     s.N = s.T * s.B;
-    if (s.N == 0 || s.I == 0 || (s.I > 1 && input.stride(2) != 1)) return false;
+    if (s.N == 0 || s.I == 0 || (s.I > 1 && input.stride(last) != 1)) return false;
     s.x = input.data();
-    s.x_stride_t = input.stride(batch_first ? 1 : 0);
-    s.x_stride_b = input.stride(batch_first ? 0 : 1);
+    s.x_stride_t = time < 0 ? 0 : input.stride(time);
+    s.x_stride_b = input.stride(batch);
     View w_hh;
-    if (!w_hh.read(weights[1]) || w_hh.t.ndim != 2) return false;
+    if (!weights[1] || !w_hh.read(weights[1]) || w_hh.t.ndim != 2) return false;
     s.H = w_hh.size(1);
     for (int d = 0; d < directions; ++d) {
       PyObject* const* own = weights + 4 * d;
@@ -201,7 +201,7 @@ struct Layer {
   // A dense tensor of the layer's dtype; where it is not dense, `copy` keeps one that is.
   bool operand(PyObject* object, std::initializer_list<int64_t> sizes, Owned* copy, const void** found) const {
     View view;
-    if (!view.read(object) || !view.is(input.t.dtype) || !view.has(sizes) || is_negated(object)) return false;
+    if (!view.read(object) || !view.is(input.t.dtype) || !view.has(sizes)) return false;
     if (!view.dense()) {
       *copy = Owned(PyObject_CallMethodObjArgs(object, name_contiguous, nullptr));
       if (!*copy || !view.read(copy->get())) return false;
@@ -252,13 +252,14 @@ PyObject* infer(PyObject*, PyObject* const* args, Py_ssize_t count) {
       record = record || (grad && requires_grad(weight));
     }
     Layer problem;
-    if (!problem.read(x.get(), batch_first && layer == 0, weights, directions)) return not_plain();
+    const int time = batch_first && layer == 0 ? 1 : 0;
+    if (!problem.read(x.get(), time, 1 - time, weights, directions)) return not_plain();
     const GruShape& s = problem.s;
     const int64_t states = int64_t(layers) * directions, state_bytes = directions * s.B * s.H * problem.input.bytes();
     if (layer == 0) {
       if (hx != Py_None) {
         View view;
-        if (!view.read(hx) || !view.is(problem.input.t.dtype) || !view.dense() || is_negated(hx)) return not_plain();
+        if (!view.read(hx) || !view.is(problem.input.t.dtype) || !view.dense()) return not_plain();
         if (!view.has({states, s.B, s.H})) return not_plain();
         h0 = static_cast<const char*>(view.data());
       }
@@ -280,6 +281,28 @@ PyObject* infer(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyTuple_Pack(2, x.get(), h_n.get());
 }
 
+// cell(input, hx, w_ih, w_hh, b_ih, b_hh): one step, input [B, I], hx [B, H]; None in the place of a bias that is not
+// there. Returns the new state.
+PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!takes(count, 6)) return nullptr;
+  if (any_mode()) return not_plain();
+  PyObject* weights[4];
+  for (int i = 0; i < 4; ++i) weights[i] = args[2 + i] == Py_None ? nullptr : args[2 + i];
+  Layer problem;
+  View hx;
+  if (!problem.read(args[0], -1, 0, weights, 1) || !hx.read(args[1])) return not_plain();
+  const GruShape& s = problem.s;
+  if (!hx.is(problem.input.t.dtype) || !hx.dense() || !hx.has({s.B, s.H})) return not_plain();
+  if (truth(PyObject_CallNoArgs(is_grad_enabled)))
+    for (int i = 0; i < 6; ++i)
+      if (args[i] != Py_None && requires_grad(args[i])) return not_plain();
+  Owned state = like(args[1]);
+  GruForward forward{s, data_of(state), nullptr, nullptr};
+  forward.s.h0 = hx.data();
+  if (!forward.y || !run(calls->gru_forward, forward, problem.dtype)) return not_plain();
+  return state.release();
+}
+
 constexpr int kLayerTensors = 6;  // input, hx, w_ih, w_hh, b_ih, b_hh
 
 // One layer in one direction, [T, B, I]; None in the place of a bias that is not there.
@@ -290,7 +313,7 @@ struct TimeMajor : Layer {
   bool read(PyObject* const* args) {
     PyObject* weights[4];
     for (int i = 0; i < 4; ++i) weights[i] = args[2 + i] == Py_None ? nullptr : args[2 + i];
-    if (!Layer::read(args[0], false, weights, 1) || !operand(args[1], {1, s.B, s.H}, &copy, &s.h0)) return false;
+    if (!Layer::read(args[0], 0, 1, weights, 1) || !operand(args[1], {1, s.B, s.H}, &copy, &s.h0)) return false;
     hx = copy ? copy.get() : args[1];
     return true;
   }
@@ -410,8 +433,8 @@ PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(Function)), METH_FASTCALL, nullptr};
 }
 
-PyMethodDef methods[] = {
-    method<setup>("setup"), method<infer>("infer"), method<train>("train"), method<backward>("backward"), {}};
+PyMethodDef methods[] = {method<setup>("setup"), method<infer>("infer"),       method<cell>("cell"),
+                         method<train>("train"), method<backward>("backward"), {}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_direct", nullptr, -1, methods};
 

@@ -374,6 +374,10 @@ class GRUCell(nn.GRUCell):
         """One step. See the class for shapes and errors."""
         if type(input) is not Tensor and isinstance(input, Proxy):
             return _fx_leaf(self, input, hx)
+        if hx is not None and not torch.compiler.is_compiling():
+            state = direct.gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+            if state is not None:
+                return state
         if input.dim() not in (1, 2):
             raise ValueError(f"GRUCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None and hx.dim() not in (1, 2):

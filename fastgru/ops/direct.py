@@ -16,7 +16,22 @@ from fastgru import _lib
 from fastgru.backends import registry
 from fastgru.ops.schema import GRU_OPS, TrainFunction
 
-_direct = _lib.direct
+_direct: Any = _lib.direct
+
+
+def _may_run(input: Tensor) -> bool:
+    if _direct is None or forward_ad._current_level >= 0:
+        return False
+    # At the first call there is none: the operators' way has it chosen.
+    backend = registry.selected(input.device, input.dtype)
+    return backend is not None and backend.name == "cpu"
+
+
+def gru_cell(
+    input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> Tensor | None:
+    """What ``ops.gru_cell`` returns where there is no gradient to record, or None where it has to be called."""
+    return _direct.cell(input, hx, w_ih, w_hh, b_ih, b_hh) if _may_run(input) else None
 
 
 def gru(
@@ -36,11 +51,7 @@ def gru(
         parameters: a module's, of which ``names`` lists the weights as nn.GRU orders them.
         hx: zeros when None.
     """
-    if _direct is None or forward_ad._current_level >= 0:
-        return None
-    # At the first call there is none: the operators' way has it chosen.
-    backend = registry.selected(input.device, input.dtype)
-    if backend is None or backend.name != "cpu":
+    if not _may_run(input):
         return None
     found = _direct.infer(parameters, names, input, hx, num_layers, bidirectional, bias, batch_first)
     if found is None:
