@@ -1,8 +1,8 @@
 """Other implementations of the same layer, each at its best settings with the same number of threads.
 
 A peer is built from a torch.nn.GRU and an input and becomes a function of no arguments that runs the forward pass and
-returns the output, to be called in torch.inference_mode(), or a training step that returns the gradients. One that is not installed raises PeerMissingError
-with the line that installs it.
+returns the output, to be called in torch.inference_mode(), or a training step that returns the gradients. One that is
+not installed raises PeerMissingError with the line that installs it.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ def _load() -> str | None:
 load_error: str | None = _load()
 
 
-def _load_direct() -> tuple[ModuleType | None, str | None]:
+def _load_direct() -> tuple[Any, str | None]:
     """fastgru._direct, ready to use, or why it is absent."""
     if load_error is not None:
         return None, load_error
@@ -49,7 +49,7 @@ def _load_direct() -> tuple[ModuleType | None, str | None]:
         torch._C._len_torch_dispatch_stack,
         torch._C._len_torch_function_stack,
         torch._C._functorch.get_dynamic_layer_stack_depth,
-        torch.autograd._profiler_enabled,
+        torch._C._autograd._profiler_enabled,
     )
     functions = torch.empty_like, torch.is_grad_enabled, modes
     reason = module.setup(exchange, entry(), torch.Tensor, nn.Parameter, *functions)

@@ -16,7 +16,7 @@ from fastgru import _lib
 from fastgru.backends import registry
 from fastgru.ops.schema import GRU_OPS, TrainFunction
 
-_direct: Any = _lib.direct
+_direct = _lib.direct
 
 
 def _may_run(input: Tensor) -> bool:
@@ -67,6 +67,6 @@ def gru(
             hx = input.new_zeros(1, input.size(1), weights[1].size(1))
         if not bias:
             weights += (None, None)
-        found = TrainFunction.apply(GRU_OPS["cpu"], input, hx, *weights)
+        found = TrainFunction.apply(GRU_OPS["cpu"], input, hx, *weights)  # type: ignore[no-untyped-call]
     output, h_n = found
     return (output.transpose(0, 1) if batch_first else output), h_n
