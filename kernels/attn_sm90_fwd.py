@@ -132,7 +132,7 @@ def add_row_by_row(acc, p, room, v_tile, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def query_tile(q_ring, slot, n):
-    """The tile of queries [ROWS, D]. Of ``n``, the number of a block of keys, nothing is added, as they are fewer than
+    """The tile of queries [ROWS, D]. Of ``n``, a number of blocks of keys, nothing is added, as they are fewer than
     2^24; but otherwise the two words that describe each of D / 16 parts of the tile would be kept in registers."""
     return q_ring.index(slot + (n >> 24)).reshape([ROWS, q_ring.shape[4]])
 
@@ -193,7 +193,7 @@ def consume(
             slot = done % STAGES
             mbarrier.wait(k_full.index(slot), done // STAGES & 1)
             k = k_ring.index(slot).reshape([BLOCK_N, D]).permute([1, 0])
-            s = warpgroup_mma(query_tile(q_ring, q_slot, 0), k, nothing, use_acc=False, is_async=True)
+            s = warpgroup_mma(query_tile(q_ring, q_slot, whole), k, nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(slot))
             p, top, total, decay = softmax_step(s, top, total, scale)
