@@ -399,10 +399,15 @@ def full(shape: Sequence[int], value: Any, dtype: torch.dtype, layout: Any = Non
     return tile(torch.full(shape, value, dtype=dtype))
 
 
+def reduced(t: torch.Tensor) -> Any:
+    """Of a reduction: a tile, or an integer of the kernel."""
+    return Scalar(t) if t.dim() == 0 and not t.is_floating_point() else tile(t)
+
+
 def allocate_shared_memory(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
     root = {"unfenced": False}
     machine().roots.append(root)
-    return Shared(torch.full(shape, math.nan, dtype=dtype), root)
+    return Shared(torch.full(shape, math.nan if dtype.is_floating_point else torch.iinfo(dtype).min, dtype=dtype), root)
 
 
 def _fakes() -> dict[str, types.ModuleType]:
@@ -423,7 +428,7 @@ def _fakes() -> dict[str, types.ModuleType]:
         tile(torch.arange(start, end, dtype=torch.int32)), full=full,
         zeros=lambda shape, dtype, layout=None: full(shape, 0, dtype), load=load, store=store, where=where,
         minimum=_pairwise(min, torch.minimum), maximum=_pairwise(max, torch.maximum),
-        max=lambda x, axis: tile(x.amax(axis)), sum=lambda x, axis: tile(x.sum(axis)), exp2=torch.exp2,
+        max=lambda x, axis: reduced(x.amax(axis)), sum=lambda x, axis: reduced(x.sum(axis)), exp2=torch.exp2,
         log2=torch.log2, cdiv=lambda a, b: Scalar(_quotient(a + b - 1, b)), barrier=lambda: None,
         convert_layout=lambda x, layout, assert_trivial=False: x, program_id=lambda axis: machine().program,
         num_programs=lambda axis: machine().programs, allocate_shared_memory=allocate_shared_memory,
