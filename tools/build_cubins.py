@@ -44,7 +44,13 @@ INSTRUCTIONS = (
 )  # fmt: skip
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
-POINTERS = {"lse": "*fp32", "q_lengths": "*i64", "k_lengths": "*i64"}
+POINTERS = {
+    "lse": "*fp32", "d_lse": "*fp32", "stats": "*fp32", "turns": "*i32", "plan": "*i32", "q_lengths": "*i64",
+    "k_lengths": "*i64",
+}  # fmt: skip
+
+#: Descriptors of float32 tensors; the others are of the dtype of a variant.
+FLOATS = ("dq_desc", "stats_desc")
 
 
 class Variant(NamedTuple):
@@ -70,6 +76,23 @@ def variants() -> list[Variant]:
                     {"BLOCK_N": 128, "STAGES": stages, "Q_STAGES": 2},
                 )
             )  # fmt: skip
+        for columns, rows in ((64, 128), (128, 64)):
+            tiles = {"q_desc": rows, "do_desc": rows, "k_desc": 64, "v_desc": 64, "dk_desc": 64, "dv_desc": 64}
+            maps = {name: [1, 1, count, columns] for name, count in tiles.items()}
+            maps |= {"stats_desc": [1, 1, 2, rows], "dq_desc": [1, 1, 64, 64]}
+            found.append(
+                Variant(
+                    f"backward_{dtype}_{columns}", "attn_sm90_bwd", "attention_backward", dtype, maps,
+                    {"BLOCK_M": rows, "STAGES": 2, "DS_STAGES": 1, "DQ_STAGES": 2},
+                )
+            )  # fmt: skip
+            maps = {name: [1, 1, 64, columns] for name in ("o_desc", "do_desc")}
+            found.append(
+                Variant(
+                    f"backward_rows_{dtype}_{columns}", "attn_sm90_bwd", "attention_backward_rows", dtype, maps,
+                    {"BLOCK_M": rows},
+                )
+            )  # fmt: skip
     return found
 
 
@@ -77,6 +100,8 @@ def check_triton() -> Any:
     """The one Triton, or an end with the remedy."""
     # Line numbers would triple the size and tell where the build took place.
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+    # It would compute what depends on the thread once for all partitions, and keep it in registers that there are not.
+    os.environ["DISABLE_LLVM_OPT"] = "disable-machine-cse"
     try:
         triton = importlib.import_module("triton")
     except ImportError:
@@ -105,14 +130,14 @@ def compiled(variant: Variant) -> Any:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = getattr(kernel_module(variant.module), variant.kernel)
-    short = DTYPES[variant.dtype]
     signature = {}
     for name in kernel.arg_names:
         if name in variant.constants:
             signature[name] = "constexpr"
         elif name in variant.maps:
             box = variant.maps[name]
-            layout = gl.NVMMASharedLayout.get_default_for(box, getattr(gl, variant.dtype))
+            dtype, short = ("float32", "fp32") if name in FLOATS else (variant.dtype, DTYPES[variant.dtype])
+            layout = gl.NVMMASharedLayout.get_default_for(box, getattr(gl, dtype))
             signature[name] = f"tensordesc<{short}[{','.join(map(str, box))}],{layout!r}>"
         else:
             signature[name] = POINTERS.get(name, "fp32" if name == "scale" else "i32")
@@ -175,7 +200,7 @@ def described(variant: Variant, kernel: Any) -> dict[str, Any]:
             }
             for name, meta in described_maps
         },
-        "sizes": {**variant.constants, "dtype": variant.dtype, "columns": variant.maps["q_desc"][3]},
+        "sizes": {**variant.constants, "dtype": variant.dtype, "columns": variant.maps["o_desc" if "o_desc" in variant.maps else "q_desc"][3]},
     }
 
 
