@@ -32,12 +32,15 @@ counter with release. One warp does all this, so that a warp barrier orders its 
 Descriptors, made by the host: q, do [B, Hq, Lq, D] in tiles of BLOCK_M rows; k, v, dk, dv [B, Hk, Lk, D] in tiles of 64;
 stats [B, Hq, 2, L] float32, L a multiple of 128, see attention_backward_rows, in tiles of BLOCK_M columns; dq
 [B, Hq, Lq, D] float32 in tiles of 64 x 64, zero at first, without the factor scale. What lies beyond a tensor reads as 0
-and is not written. Pointers: turns [B, Hq, ceil(Lq / BLOCK_M)] int32, zero at first: the counters; q_lengths and
-k_lengths [B] int64. Numbers: flags, right, scale (which is c) and section as in attn_sm90_fwd.py.
+and is not written. Pointers: turns [B, Hq, ceil(Lq / BLOCK_M)] int32, zero at first: the counters; plan [rounds + 1,
+programs, FIELDS] int32, which attention_backward_rows writes. Numbers: scale is c.
 Saved by the forward pass: o and lse.
 
-Hidden NaN and infinity: in a block of which not every row sees every key, a p or ds of 0 must hide the rows of q, do and
-k that it meets. Such blocks are looked through, and where there is something odd their products are summed row by row.
+Hidden NaN and infinity: scores begin with -inf and dp with 0 where a query does not see a key, so p and ds are 0 there,
+but 0 hides no NaN of the q, k, v and do that it meets. So NaN and infinity are taken out of the keys and values, and, in
+a block of which not every row sees every key, out of q and do. Where they may be seen they come back by stats: a row
+whose lse or delta is not finite has NaN in all its p. For this every product q_i . k_j and do_i . v_j has to be finite
+in float32.
 """
 
 from fastgru.kernels.attn_sm90_common import ROWS, has_odd, lengths_of, place_of, tile_of
@@ -131,7 +134,19 @@ def added_before(queries, block, turn, mates, end, together, apart, k_length, re
 
 @gluon.jit
 def write_plan(
-    plan, programs, batch, heads, group, queries, keys, q_lengths, k_lengths, flags, right, section, BLOCK_M: gl.constexpr
+    plan,
+    programs,
+    batch,
+    heads,
+    group,
+    queries,
+    keys,
+    q_lengths,
+    k_lengths,
+    flags,
+    right,
+    section,
+    BLOCK_M: gl.constexpr,
 ):
     """The tiles of 128 programs and turns, one for each thread."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -189,19 +204,18 @@ def hide(x, value, at, i0, WHO: gl.constexpr):
 
 @gluon.jit
 def make_finite(tile, LENGTH: gl.constexpr, D: gl.constexpr):
-    """Puts 0 in the place of NaN and a large number, 2^100 or 65504, in that of infinity, in a tile [LENGTH, D] of
-    shared memory."""
+    """Puts 0 in the place of NaN and a large number in that of infinity, in a tile [LENGTH, D] of shared memory: an
+    infinite key has to stay far away; 2^59, of which products can still be summed, or 65504."""
     across: gl.constexpr = min(32, D // 8)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
     exponent: gl.constexpr = 0x7F80 if tile.dtype == gl.bfloat16 else 0x7C00
-    large: gl.constexpr = 0x7180 if tile.dtype == gl.bfloat16 else 0x7BFF
+    large: gl.constexpr = 0x5D00 if tile.dtype == gl.bfloat16 else 0x7BFF
     for part in gl.static_range(LENGTH // 32):
         room = tile.slice(32 * part, 32)
         bits = room.load(layout).to(gl.int16, bitcast=True)
         size = bits & 0x7FFF
         limited = gl.where(size == exponent, bits - (exponent - large), gl.where(size > exponent, 0, bits))
         room.store(limited.to(gl.int16).to(tile.dtype, bitcast=True))
-    fence_async_shared()
 
 
 @gluon.jit
@@ -380,6 +394,8 @@ def consume(
         if has_odd(k, ROWS, D) | has_odd(v, ROWS, D):
             make_finite(k, ROWS, D)
             make_finite(v, ROWS, D)
+            fence_async_shared()
+            gl.barrier()
         for n in tl.range(0, gl.load(at + STEPS), disable_licm=True):
             slot = done % STAGES
             phase = done // STAGES & 1
@@ -400,6 +416,8 @@ def consume(
                 if has_odd(q, BLOCK_M, D) | has_odd(do, BLOCK_M, D):
                     make_finite(q, BLOCK_M, D)
                     make_finite(do, BLOCK_M, D)
+                fence_async_shared()
+                gl.barrier()
             s = no_scores + stats.slice(0, 1).load(scores)
             dp = no_scores + stats.slice(1, 1).load(scores)
             if part:

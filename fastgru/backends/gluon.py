@@ -346,6 +346,7 @@ def attention_backward(
             raise registry.BackendUnavailable(f"backend 'gluon' cannot run this attention's backward pass: {reason}")
     return triton_attention.attention_backward(grad_output, grad_lse, *arguments)
 
+
 registry.register(
     registry.Backend(
         name="gluon",
