@@ -3,48 +3,52 @@
     p_ij = 2^(c q_i . k_j - lse_i log2(e))    dp_ij = do_i . v_j    ds_ij = p_ij (dp_ij - delta_i)
     dv_j = sum_i p_ij do_i    dk_j = scale sum_i ds_ij q_i    dq_i = scale sum_j ds_ij k_j
 
-with delta_i = do_i . o_i - dlse_i and c = scale log2(e) > 0. p is 0 where row i does not see key j; which it sees, reach
-and the diagonal are those of attn_sm90_fwd.py.
+with delta_i = do_i . o_i - dlse_i and c = scale log2(e) > 0. p is 0 where row i does not see key j; which it sees,
+reach and the diagonal are those of attn_sm90_fwd.py.
 
-One program per multiprocessor, all of them resident, takes blocks of 128 keys of one key head, one after the other. For
-each it goes through the blocks of queries that see some of its keys, for every query head of the group. Two warpgroups
-compute 64 keys each, on scores that lie transposed, [keys, queries]: so p and ds go from registers into the products
-dv and dk, whose sums stay in registers. ds also goes to shared memory, because dq sums over the keys of both: each
-warpgroup computes half of dq, half of its columns or, of 128 queries, half of its rows. A third group holds two warps:
-one has TMA fetch the tiles, through rings as in attn_sm90_fwd.py; the other has TMA add dq to float32 sums in memory.
+One program per multiprocessor takes blocks of 128 keys of one key head, one after the other, as the plan says that the
+small kernel before it has written. For each it goes through the blocks of queries that see some of its keys, for every
+query head of the group. Two warpgroups compute 64 keys each, on scores that lie transposed, [keys, queries]: so p and
+ds go from registers into the products for dv and dk, whose sums stay in registers. ds also goes to shared memory,
+because dq sums over the keys of both: each warpgroup computes half of dq, half of its columns or, of 128 queries, half
+of its rows. A third group holds two warps: one has TMA fetch the tiles, through rings as in attn_sm90_fwd.py; the other
+has TMA add dq to float32 sums in memory. Products of scores and of dp begin with what is to be subtracted.
 
-The sums are added up in a fixed order, so that results are the same bits every time: for each block of queries a counter
-says how many blocks of keys have been added, and a program waits until all that come before its own have. Blocks of
-keys of earlier rounds come first; of one round those that reach the queries in fewer steps, and of these the lower
-number. To reach them at different times the blocks of a head start at different queries, evenly spread or each at its
-diagonal, and go up in one round and down in the next: under a causal mask the long blocks of one round meet the short
-ones of the next, and start as far apart as the others end.
+The sums are added up in a fixed order, so that results are the same bits every time. For each block of queries a
+counter says how many blocks of keys have been added, and a program waits until all that come before its own have. To
+reach them at different times the blocks of keys of a head start at different queries, evenly spread or each at its
+diagonal. In one round (turn) they go up from there, and then from the first block that they need to where they started;
+in the next round down: under a causal mask the long blocks of one round meet the short ones of the next, and start as
+far apart as the others end. Of a head, blocks of keys of earlier rounds come first. Of the same round those come first
+that reach a block of queries in the first part of their way; in either part, going up, the higher blocks of keys, going
+down, the lower ones.
 
-Nothing can wait in a circle. A program waits for additions of earlier rounds, or of the same round with a smaller
-(step, block of keys); it makes its own in the order of rounds and steps. So of all additions not yet made the one with
-the smallest (round, step, block) waits for none, and its program, which is resident like all of a cooperative launch,
-has made those before it. Inside of a program the ring of dq drains into that addition, so that nobody holds it up.
+Nothing waits in a circle. An addition waits for others of the same query head only: of earlier rounds; of the first
+part, in the second; of higher or lower blocks of keys in the same part. Every program makes its own in the order of
+rounds, heads of the group and parts. Take those that are not made and least in this order, and of these the highest,
+going down lowest, block of keys that has any: its next one waits for none. Its program gets there: all programs are
+resident, for the launch is cooperative, and within one the ring of dq drains into this addition.
 
 The order rests on this: the counter is read with acquire; a proxy fence puts TMA's additions after it; TMA's additions
 are waited for until they are written, which makes them visible to the warp that waited; that warp then raises the
 counter with release. One warp does all this, so that a warp barrier orders its threads.
 
-Descriptors, made by the host: q, do [B, Hq, Lq, D] in tiles of BLOCK_M rows; k, v, dk, dv [B, Hk, Lk, D] in tiles of 64;
-stats [B, Hq, 2, L] float32, L a multiple of 128, see attention_backward_rows, in tiles of BLOCK_M columns; dq
-[B, Hq, Lq, D] float32 in tiles of 64 x 64, zero at first, without the factor scale. What lies beyond a tensor reads as 0
-and is not written. Pointers: turns [B, Hq, ceil(Lq / BLOCK_M)] int32, zero at first: the counters; plan [rounds + 1,
-programs, FIELDS] int32, which attention_backward_rows writes. Numbers: scale is c.
+Descriptors, made by the host: q, do [B, Hq, Lq, D] in tiles of BLOCK_M rows; k, v, dk, dv [B, Hk, Lk, D] in tiles of
+64; stats [B, Hq, 2, L] float32, L a multiple of 128, in tiles of BLOCK_M columns; dq [B, Hq, Lq, D] float32 in tiles of
+64 x 64, zero at first, without the factor scale. What lies beyond a tensor reads as 0 and is not written. Pointers:
+turns [B, Hq, ceil(Lq / BLOCK_M)] int32, zero at first: the counters; plan [rounds + 1, programs, FIELDS] int32. scale
+is c.
 Saved by the forward pass: o and lse.
 
 Hidden NaN and infinity: scores begin with -inf and dp with 0 where a query does not see a key, so p and ds are 0 there,
-but 0 hides no NaN of the q, k, v and do that it meets. So NaN and infinity are taken out of the keys and values, and, in
-a block of which not every row sees every key, out of q and do. Where they may be seen they come back by stats: a row
+but 0 hides no NaN of the q, k, v and do that it meets. So NaN and infinity are taken out of keys and values, and, in a
+block of which not every row sees every key, out of q and do. Where they may be seen they come back by stats: a row
 whose lse or delta is not finite has NaN in all its p. For this every product q_i . k_j and do_i . v_j has to be finite
 in float32.
 """
 
-from fastgru.kernels.attn_sm90_common import ROWS, has_odd, lengths_of, place_of, tile_of
 import triton.language as tl
+from fastgru.kernels.attn_sm90_common import ROWS, has_odd, lengths_of, place_of, tile_of
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -57,7 +61,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 #: Keys of a program at a time: 64 for each of the two warpgroups that compute.
 BLOCK_N = gl.constexpr(128)
-
 
 #: Numbers that the plan has for every tile, and the places of each.
 FIELDS = gl.constexpr(16)
@@ -134,20 +137,9 @@ def added_before(queries, block, turn, mates, end, together, apart, k_length, re
 
 @gluon.jit
 def write_plan(
-    plan,
-    programs,
-    batch,
-    heads,
-    group,
-    queries,
-    keys,
-    q_lengths,
-    k_lengths,
-    flags,
-    right,
-    section,
+    plan, programs, batch, heads, group, queries, keys, q_lengths, k_lengths, flags, right, section,
     BLOCK_M: gl.constexpr,
-):
+):  # fmt: skip
     """The tiles of 128 programs and turns, one for each thread."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     blocks = gl.cdiv(keys, BLOCK_N)
@@ -226,8 +218,8 @@ def fence_async_global():
 
 @gluon.jit
 def attention_backward_rows(
-    o_desc, do_desc, lse, d_lse, stats, plan, q_lengths, k_lengths, flags, right, section, programs, heads, keys, padded,
-    scale, BLOCK_M: gl.constexpr,
+    o_desc, do_desc, lse, d_lse, stats, plan, q_lengths, k_lengths, flags, right, section, programs, heads, keys,
+    padded, scale, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
     """Before the other kernel: what the sums of each row of queries begin with, and the plan.
 
@@ -444,15 +436,16 @@ def consume(
             slopes = gl.convert_layout(slopes, operand, assert_trivial=True)
             dk = warpgroup_mma(slopes, q, dk, is_async=True)
             dv, dq, weights = warpgroup_mma_wait(1, deps=[dv, dq, weights])
-            dk, slopes = warpgroup_mma_wait(0, deps=[dk, slopes])
             mbarrier.arrive(do_empty.index(slot))
             mbarrier.arrive(ds_empty.index(ds_slot))
-            mbarrier.arrive(q_empty.index(slot))
+            # While dk is computed.
             dq_slot = done % DQ_STAGES
             mbarrier.wait(dq_empty.index(dq_slot), (done // DQ_STAGES & 1) ^ 1)
             dq_ring.index(2 * dq_slot + WHO).reshape([64, 64]).store(dq)
             fence_async_shared()
             mbarrier.arrive(dq_full.index(2 * dq_slot + WHO))
+            dk, slopes = warpgroup_mma_wait(0, deps=[dk, slopes])
+            mbarrier.arrive(q_empty.index(slot))
             done += 1
 
         # In the places of k and v: of v this warpgroup reads its own half only, of k the other one does for dq.

@@ -354,3 +354,13 @@ def test_what_runs_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gluon, "manifest", lambda: {gluon._name(a): None})
     assert "no backward kernel" in str(gluon.why_not_backward(a))
     assert gluon.attention_backward(*arguments) == "triton"
+
+
+def test_explain_tells_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon, "manifest", lambda: dict.fromkeys((*VARIANTS, "forward_bfloat16_256")))
+    everywhere = registry.Backend("gluon", ("cpu",), 55, lambda: None, lambda *_: None, None, None, True, gluon.covers)
+    monkeypatch.setitem(registry._backends, "gluon", everywhere)
+    with fastgru.use_backend("auto"):
+        found = fastgru.explain(dtype=torch.bfloat16)
+    assert "forward with D = 64, 128, 256; backward with D = 64, 128, otherwise" in found
+    assert "backward with D = none" in gluon.covers(torch.float32)

@@ -177,11 +177,10 @@ void cuda_launch(std::vector<Tensor> tensors, std::string path, std::string symb
   STD_TORCH_CHECK(driver().current_stream(int32_t(device), &stream) == 0, "fastgru: torch tells no current stream");
   const unsigned blocks = unsigned(programs), size = unsigned(threads), memory = unsigned(shared);
   const auto queue = static_cast<CUstream>(stream);
-  driver().check(
-      cooperative
-          ? driver().launch_together(kernel, blocks, 1, 1, size, 1, 1, memory, queue, values.addresses())
-          : driver().launch(kernel, blocks, 1, 1, size, 1, 1, memory, queue, values.addresses(), nullptr),
-      "the kernel does not start");
+  driver().check(cooperative
+                     ? driver().launch_together(kernel, blocks, 1, 1, size, 1, 1, memory, queue, values.addresses())
+                     : driver().launch(kernel, blocks, 1, 1, size, 1, 1, memory, queue, values.addresses(), nullptr),
+                 "the kernel does not start");
 }
 
 }  // namespace fastgru

@@ -51,7 +51,7 @@ def manifest() -> dict[str, Any] | None:
 
 def _available() -> str | None:
     if (reason := triton._available()) is not None:
-        return f"its backward pass is that of the backend 'triton', of which: {reason}"
+        return f"what it has no kernel for runs on the backend 'triton', of which: {reason}"
     if _lib.load_error is not None:
         return _lib.load_error
     if manifest() is None:
@@ -92,6 +92,18 @@ def why_not(a: Attention) -> str | None:
     if a.query.shape[2] + a.key.shape[2] >= 2**30:
         return "its kernels count positions in 32 bits"
     return None
+
+
+def covers(dtype: torch.dtype) -> str:
+    """The kernels there are for a dtype."""
+
+    def columns(kernel: str) -> list[str]:
+        head = f"{kernel}_{str(dtype).removeprefix('torch.')}_"
+        found = sorted(int(name.removeprefix(head)) for name in manifest() or {} if name.startswith(head))
+        return [str(count) for count in found] or ["none"]
+
+    forward, backward = (f"{name} with D = {', '.join(columns(name))}" for name in ("forward", "backward"))
+    return f"{forward}; {backward}, otherwise the backward pass is that of 'triton'"
 
 
 def why_not_backward(a: Attention) -> str | None:
@@ -327,8 +339,8 @@ def _failed(error: RuntimeError) -> str:
 def attention_backward(
     grad_output: Tensor | None, grad_lse: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backward operator; see :mod:`fastgru.ops.attention_schema`. What has no kernel here, or under ``auto`` was not
-    measured to be faster, runs on those of ``triton``: output and lse are what they save, too.
+    """The backward operator; see :mod:`fastgru.ops.attention_schema`. What has no kernel here, or under ``auto`` was
+    not measured to be faster, runs on those of ``triton``: output and lse are what they save, too.
 
     Raises:
         BackendUnavailable: the kernel does not start, and the backend was asked for by name.
@@ -355,5 +367,6 @@ registry.register(
         available=_available,
         supports=_supports,
         attention_only=True,
+        covers=covers,
     )
 )
