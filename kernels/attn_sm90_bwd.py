@@ -410,8 +410,8 @@ def consume(
                     make_finite(do, BLOCK_M, D)
                 fence_async_shared()
                 gl.barrier()
-            s = no_scores + stats.slice(0, 1).load(scores)
-            dp = no_scores + stats.slice(1, 1).load(scores)
+            s, _ = gl.broadcast(stats.slice(0, 1).load(scores), no_scores)
+            dp, _ = gl.broadcast(stats.slice(1, 1).load(scores), no_scores)
             if part:
                 s = hide(s, float("-inf"), at, i * BLOCK_M, WHO)
                 dp = hide(dp, 0.0, at, i * BLOCK_M, WHO)

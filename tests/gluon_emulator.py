@@ -494,7 +494,7 @@ def _fakes() -> dict[str, types.ModuleType]:
         zeros=lambda shape, dtype, layout=None: full(shape, 0, dtype), load=load, store=store, where=where,
         minimum=_pairwise(min, torch.minimum), maximum=_pairwise(max, torch.maximum),
         max=lambda x, axis: tile(x.amax(axis)), sum=lambda x, axis: tile(x.sum(axis)), exp2=torch.exp2,
-        log2=torch.log2, cdiv=cdiv, barrier=lambda: None,
+        log2=torch.log2, cdiv=cdiv, broadcast=torch.broadcast_tensors, barrier=lambda: None,
         convert_layout=lambda x, layout, assert_trivial=False: x, program_id=lambda axis: Scalar(current.who[0]),
         num_programs=lambda axis: machine().programs, allocate_shared_memory=allocate_shared_memory,
         warp_specialize=warp_specialize, inline_asm=inline_asm, atomic_poll=atomic_poll, atomic_add=atomic_add,
