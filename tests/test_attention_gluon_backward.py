@@ -6,6 +6,7 @@ import inspect
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gluon_emulator as emulator
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastgru
 from fastgru.backends import gluon, reference_attention, registry, triton_attention
 from fastgru.backends.reference_attention import Attention
+from fastgru.ops import attention
 from fastgru.ops.attention_schema import ATTENTION_OPS
 
 SOURCES = ("attn_sm90_common", "attn_sm90_bwd")
@@ -255,6 +257,16 @@ def test_a_hidden_query_does_not_reach_keys(kernels: Any) -> None:
         assert torch.equal(got[:, :, 101:], want[:, :, 101:]) and got[:, :, :91].isnan().all()
 
 
+def test_cleaning_without_a_fence_is_noticed() -> None:
+    cleaned = "make_finite(do, BLOCK_M, D)"
+    fenced = f"{cleaned}\n                fence_async_shared()"
+    wrong = emulator.emulated(*SOURCES, changes={fenced: cleaned})
+    a = problem({"B": 1, "right": 0, "Lq": 70, "Lk": 70})
+    a.query[:, :, 30] = math.nan
+    with pytest.raises(emulator.KernelError, match="no fence"):
+        gradients(a, wrong, torch.ones_like(a.query), None)
+
+
 INNER = "\n" + 12 * " "
 WRITER = "\n" + 16 * " "
 
@@ -325,6 +337,8 @@ def test_compiles_to_what_is_meant(name: str, tmp_path: Path) -> None:
     if "rows" not in name:
         refused = BUILD["faults"](kernel, code.replace("UTMAREDG", "RED"), VARIANTS[name].instructions)
         assert any("UTMAREDG" in one for one in refused)
+        refused = BUILD["faults"](kernel, code + 64 * " WARPGROUP.ARRIVE ;", VARIANTS[name].instructions)
+        assert any("products" in one for one in refused)
 
 
 def test_what_runs_backward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,3 +378,14 @@ def test_explain_tells_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         found = fastgru.explain(dtype=torch.bfloat16)
     assert "forward with D = 64, 128, 256; backward with D = 64, 128, otherwise" in found
     assert "backward with D = none" in gluon.covers(torch.float32)
+
+
+@pytest.mark.parametrize("directions", list(itertools.product((False, True), repeat=2)))
+def test_auto_chooses_each_direction(directions: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon, "faster", lambda a: directions)
+    monkeypatch.setattr(attention, "_choose_backend", lambda query: ATTENTION_OPS["triton"])
+    on_gpu = SimpleNamespace(is_cuda=True)
+    with fastgru.use_backend("auto"):
+        ops = attention._choose((on_gpu, *problem({"Lq": 3, "Lk": 4})[1:]))
+    names = ["gluon" if chosen else "triton" for chosen in directions]
+    assert list(ops) == [ATTENTION_OPS[names[0]].forward, ATTENTION_OPS[names[1]].backward]

@@ -173,6 +173,9 @@ def faults(kernel: Any, code: str, instructions: tuple[str, ...] = INSTRUCTIONS)
         found.append(f"it spills registers ({len(spills)} instructions)")
     if kernel.metadata.shared > SHARED:
         found.append(f"it takes {kernel.metadata.shared} bytes of shared memory, and there are {SHARED}")
+    products, starts = (len(re.findall(word, code)) for word in (r"\bHGMMA\.", r"\bWARPGROUP\.ARRIVE\b"))
+    if starts > products / 2 > 0:
+        found.append("its products wait for each other, for want of registers")
     found += [f"its code has no {one}" for one in instructions if not re.search(one, code)]
     if kernel.metadata.global_scratch_size or kernel.metadata.profile_scratch_size:
         found.append("it needs scratch memory, which nobody gives it")

@@ -132,12 +132,12 @@ def wins(a: Attention, backward: bool = False) -> bool:
     return best[1]
 
 
-def faster(a: Attention) -> bool:
-    """Whether ``auto`` takes these kernels for a problem on the ``triton`` backend's devices, in one direction at
-    least."""
+def faster(a: Attention) -> tuple[bool, bool]:
+    """Whether ``auto`` takes the kernel forward, and the one backward, for a problem on the ``triton`` backend's
+    devices."""
     if not a.query.is_cuda or _available() is not None or why_not(a) is not None:
-        return False
-    return wins(a) or (torch.is_grad_enabled() and wins(a, backward=True))
+        return False, False
+    return wins(a), why_not_backward(a) is None and wins(a, backward=True)
 
 
 def for_tma(t: Tensor) -> Tensor:
@@ -313,9 +313,6 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """
     a = Attention(*arguments)
     auto = registry.requested() == registry.AUTO
-    if auto and a.query.is_cuda and not wins(a):
-        # Taken for the backward pass.
-        return triton_attention.attention(*arguments)
     reason = _broken[0] if auto and _broken else why_not(a)
     if reason is None:
         try:
@@ -339,8 +336,8 @@ def _failed(error: RuntimeError) -> str:
 def attention_backward(
     grad_output: Tensor | None, grad_lse: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backward operator; see :mod:`fastgru.ops.attention_schema`. What has no kernel here, or under ``auto`` was
-    not measured to be faster, runs on those of ``triton``: output and lse are what they save, too.
+    """The backward operator; see :mod:`fastgru.ops.attention_schema`. What has no kernel here runs on those of
+    ``triton``: output and lse are what they save, too.
 
     Raises:
         BackendUnavailable: the kernel does not start, and the backend was asked for by name.
@@ -348,7 +345,7 @@ def attention_backward(
     *inputs, output, lse, _ = arguments
     a = Attention(*inputs)
     auto = registry.requested() == registry.AUTO
-    if why_not_backward(a) is None and not (auto and (_broken or (a.query.is_cuda and not wins(a, backward=True)))):
+    if why_not_backward(a) is None and not (auto and _broken):
         try:
             grads = _launch_backward(a, output, lse, grad_output, grad_lse)
             return *grads, torch.zeros(0, dtype=a.query.dtype, device=a.query.device)
