@@ -467,8 +467,14 @@ def cdiv(a: Any, b: int) -> Any:
     return Scalar(_quotient(a + b - 1, b)) if isinstance(a, int) and isinstance(b, int) else (a + b - 1) // b
 
 
+def reduced(t: torch.Tensor) -> Any:
+    """Of a reduction: a tile, or an integer of the kernel."""
+    return Scalar(t) if t.dim() == 0 and not t.is_floating_point() else tile(t)
+
+
 def allocate_shared_memory(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
-    return Shared(torch.full(shape, math.nan, dtype=dtype), torch.zeros(shape, dtype=torch.uint8))
+    nothing = math.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+    return Shared(torch.full(shape, nothing, dtype=dtype), torch.zeros(shape, dtype=torch.uint8))
 
 
 def allocate_mbarrier(batch: int | None = None) -> Any:
@@ -493,7 +499,7 @@ def _fakes() -> dict[str, types.ModuleType]:
         tile(torch.arange(start, end, dtype=torch.int32)), full=full,
         zeros=lambda shape, dtype, layout=None: full(shape, 0, dtype), load=load, store=store, where=where,
         minimum=_pairwise(min, torch.minimum), maximum=_pairwise(max, torch.maximum),
-        max=lambda x, axis: tile(x.amax(axis)), sum=lambda x, axis: tile(x.sum(axis)), exp2=torch.exp2,
+        max=lambda x, axis: reduced(x.amax(axis)), sum=lambda x, axis: reduced(x.sum(axis)), exp2=torch.exp2,
         log2=torch.log2, cdiv=cdiv, broadcast=torch.broadcast_tensors, barrier=lambda: None,
         convert_layout=lambda x, layout, assert_trivial=False: x, program_id=lambda axis: Scalar(current.who[0]),
         num_programs=lambda axis: machine().programs, allocate_shared_memory=allocate_shared_memory,

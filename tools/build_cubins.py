@@ -21,9 +21,11 @@ import argparse
 import importlib
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +69,8 @@ class Variant(NamedTuple):
     maps: dict[str, list[int]]
     constants: dict[str, int]
     instructions: tuple[str, ...] = INSTRUCTIONS
+    #: An option of LLVM's, given by Triton's variable DISABLE_LLVM_OPT.
+    llvm: str = ""
 
 
 def variants() -> list[Variant]:
@@ -89,6 +93,9 @@ def variants() -> list[Variant]:
                 Variant(
                     f"backward_{dtype}_{columns}", "attn_sm90_bwd", "attention_backward", dtype, maps,
                     {"BLOCK_M": rows, "STAGES": 2, "DS_STAGES": 1, "DQ_STAGES": 2}, BACKWARD,
+                    # Else what depends on the thread is computed once for all partitions, and there are not registers
+                    # enough to keep it.
+                    "disable-machine-cse",
                 )
             )  # fmt: skip
             maps = {name: [1, 1, 64, columns] for name in ("o_desc", "do_desc")}
@@ -105,8 +112,6 @@ def check_triton() -> Any:
     """The one Triton, or an end with the remedy."""
     # Line numbers would triple the size and tell where the build took place.
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
-    # It would compute what depends on the thread once for all partitions, and keep it in registers that there are not.
-    os.environ["DISABLE_LLVM_OPT"] = "disable-machine-cse"
     try:
         triton = importlib.import_module("triton")
     except ImportError:
@@ -128,8 +133,15 @@ def kernel_module(name: str) -> types.ModuleType:
 
 
 def compiled(variant: Variant) -> Any:
-    """A variant as Triton compiles it."""
+    """A variant as Triton compiles it; of its kernel, what is used here. LLVM keeps an option for as long as the
+    process lives, so a variant that has one is compiled in its own."""
     triton = check_triton()
+    if variant.llvm and os.environ.get("DISABLE_LLVM_OPT") != variant.llvm:
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder) / "kernel"
+            command = [sys.executable, __file__, "--compile", variant.name, "--out", result]
+            subprocess.run(command, env={**os.environ, "DISABLE_LLVM_OPT": variant.llvm}, check=True)
+            return pickle.loads(result.read_bytes())
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -153,7 +165,15 @@ def compiled(variant: Variant) -> Any:
     )
     # 3 x 128 threads start with 168 registers each; the producer leaves the others most of its own.
     options = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    fields = (
+        "name", "num_warps", "shared", "tensordesc_meta", "global_scratch_size", "profile_scratch_size",
+    )  # fmt: skip
+    return types.SimpleNamespace(
+        asm={"cubin": kernel.asm["cubin"]},
+        metadata=types.SimpleNamespace(**{name: getattr(kernel.metadata, name) for name in fields}),
+        src=types.SimpleNamespace(signature=signature),
+    )
 
 
 def disassembled(cubin: bytes, folder: Path) -> str:
@@ -219,8 +239,14 @@ def described(variant: Variant, kernel: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    folder: Path = parser.parse_args().out
+    parser.add_argument("--compile", metavar="NAME", help="one variant only, for this program itself")
+    given = parser.parse_args()
+    folder: Path = given.out
     check_triton()
+    if given.compile:
+        (variant,) = (one for one in variants() if one.name == given.compile)
+        folder.write_bytes(pickle.dumps(compiled(variant)))
+        return
     folder.mkdir(parents=True, exist_ok=True)
     kernels = {}
     for variant in variants():
