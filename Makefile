@@ -83,5 +83,5 @@ $(STAMPS)/installed: $(STAMPS)/torch-$(TORCH) $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site runs benchmarks/build tests/whitebox/build fastgru/_C.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site runs benchmarks/build tests/whitebox/build fastgru/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 CUDA = Path("csrc/cuda")
-SOURCES = [path for path in sorted(Path("csrc").rglob("*.cpp")) if CUDA not in path.parents]
+PYTHON = Path("csrc/python")
+SOURCES = [path for path in sorted(Path("csrc").rglob("*.cpp")) if not {CUDA, PYTHON} & {*path.parents}]
 CUDA_SOURCES = sorted(CUDA.rglob("*.cpp"))
 KERNELS = sorted(CUDA.rglob("*.cu"))
 HEADERS = [str(path) for pattern in ("*.h", "*.inc", "*.cuh") for path in sorted(Path("csrc").rglob(pattern))]
@@ -141,7 +142,8 @@ def compile_cubins(directory: Path) -> None:
 
 
 def extension() -> dict[str, Any]:
-    """setup()'s arguments for the extension: a plain library in the stable ABI, one file for every Python and torch."""
+    """setup()'s arguments for what is compiled: a plain library in the stable ABI, one file for every Python and torch,
+    and the small module in Python's limited ABI that calls it directly."""
     from setuptools.command.bdist_wheel import bdist_wheel
     from setuptools.command.egg_info import egg_info
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -150,7 +152,8 @@ def extension() -> dict[str, Any]:
 
     class Build(BuildExtension):
         def get_ext_filename(self, ext_name: str) -> str:
-            return os.path.join(*ext_name.split(".")) + ".so"
+            *folders, name = ext_name.split(".")
+            return os.path.join(*folders, name + (".abi3.so" if name == "_direct" else ".so"))
 
         def build_extensions(self) -> None:
             try:
@@ -185,7 +188,17 @@ def extension() -> dict[str, Any]:
         extra_compile_args=[*COMPILE_ARGS, f"-fmacro-prefix-map={Path.cwd()}/="],
         py_limited_api=True,
     )
-    arguments: dict[str, Any] = {"ext_modules": [module], "cmdclass": {"build_ext": Build, "bdist_wheel": Wheel}}
+    direct = Extension(
+        "fastgru._direct",
+        [str(path) for path in sorted(PYTHON.rglob("*.cpp"))],
+        depends=HEADERS,
+        include_dirs=[*module.include_dirs],
+        extra_compile_args=module.extra_compile_args,
+        language="c++",
+        py_limited_api=True,
+    )
+    commands = {"build_ext": Build, "bdist_wheel": Wheel}
+    arguments: dict[str, Any] = {"ext_modules": [module, direct], "cmdclass": commands}
     if home is not None:
         module.include_dirs.append(str(home / "include"))
         module.library_dirs += [str(path) for path in (home / "lib64", home / "lib") if path.is_dir()]

@@ -80,7 +80,8 @@ def measure(problem: Problem, names: list[str], rounds: int, seconds: float, lim
     forward: dict[str, Forward] = {}
     for name in names:
         forward[name] = FORWARD[name](gru, x)
-        row["errors"][name] = check(forward[name], gru, x)
+        with torch.inference_mode():
+            row["errors"][name] = check(forward[name], gru, x)
     training = {name: TRAINING[name](gru, x, grad) for name in names if name in TRAINING}
     want, got = training["nn.GRU"](), training["fastgru"]()
     scale = max(g.abs().max().item() for g in want)
@@ -93,7 +94,9 @@ def measure(problem: Problem, names: list[str], rounds: int, seconds: float, lim
         ("forward", forward, problem.forward_flops),
         ("training", training, 3 * problem.forward_flops),
     ):
-        times = race(functions, rounds, seconds)
+        # As a loop of calls has it: entered once, and not for every call.
+        with torch.inference_mode(mode == "forward"):
+            times = race(functions, rounds, seconds)
         ours = times["fastgru"]
         result: dict[str, Any] = {"rounds": len(ours), "us": {}, "speedup": {}}
         for name, values in times.items():

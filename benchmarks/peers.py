@@ -1,8 +1,8 @@
 """Other implementations of the same layer, each at its best settings with the same number of threads.
 
 A peer is built from a torch.nn.GRU and an input and becomes a function of no arguments that runs the forward pass and
-returns the output, or a training step that returns the gradients. One that is not installed raises PeerMissingError
-with the line that installs it.
+returns the output, to be called in torch.inference_mode(), or a training step that returns the gradients. One that is
+not installed raises PeerMissingError with the line that installs it.
 """
 
 from __future__ import annotations
@@ -38,12 +38,7 @@ def _fastgru(gru: nn.GRU, x: torch.Tensor) -> Forward:
 
 def _torch_forward(module: nn.Module, x: torch.Tensor) -> Forward:
     hx = x.new_zeros(1, x.size(1), module.hidden_size)
-
-    def forward() -> torch.Tensor:
-        with torch.inference_mode():
-            return module(x, hx)[0]
-
-    return forward
+    return lambda: module(x, hx)[0]
 
 
 def _torch_compile(gru: nn.GRU, x: torch.Tensor) -> Forward:
@@ -153,12 +148,7 @@ def _keras_layer(gru: nn.GRU) -> Any:
 def _keras(gru: nn.GRU, x: torch.Tensor) -> Forward:
     layer = _keras_layer(gru)
     batch_first = x.transpose(0, 1).contiguous()
-
-    def forward() -> torch.Tensor:
-        with torch.inference_mode():
-            return layer(batch_first).transpose(0, 1)
-
-    return forward
+    return lambda: layer(batch_first).transpose(0, 1)
 
 
 FORWARD: dict[str, Callable[[nn.GRU, torch.Tensor], Forward]] = {

@@ -41,16 +41,17 @@ def test_forward(timed: Callable[..., None], device: str, dtype: str, problem: P
         function = gru_peers(device, training=False)[peer](case.gru, case.x)
     except PeerMissingError as error:
         pytest.skip(f"{peer}: {error}")
-    timed(
-        function,
-        kind=f"GRU, forward, {device}, {dtype}",
-        problem=problem,
-        peer=peer,
-        device=device,
-        flops=problem.forward_flops,
-        limit=gru_limit(problem, device, dtype, torch.get_num_threads(), training=False),
-        of_allowed_error=case.check(peer, function),
-    )
+    with torch.inference_mode():
+        timed(
+            function,
+            kind=f"GRU, forward, {device}, {dtype}",
+            problem=problem,
+            peer=peer,
+            device=device,
+            flops=problem.forward_flops,
+            limit=gru_limit(problem, device, dtype, torch.get_num_threads(), training=False),
+            of_allowed_error=case.check(peer, function),
+        )
 
 
 @pytest.mark.parametrize("device, dtype, problem, peer", cases(training=True), ids=str)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 LIBRARY_PATH = Path(__file__).with_name("_C.so")
 
@@ -23,3 +27,34 @@ def _load() -> str | None:
 
 #: None when the compiled library is loaded, else why it is not and what to do about it.
 load_error: str | None = _load()
+
+
+def _load_direct() -> tuple[Any, str | None]:
+    """fastgru._direct, ready to use, or why it is absent."""
+    if load_error is not None:
+        return None, load_error
+    try:
+        module = importlib.import_module("fastgru._direct")
+    except ImportError as error:
+        return None, f"the compiled module fastgru._direct does not load ({error}); {_REMEDY}"
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if exchange is None:
+        return None, "this torch has no table of DLPack's functions"
+    entry = ctypes.CDLL(str(LIBRARY_PATH)).fastgru_direct_calls
+    entry.restype = ctypes.c_void_p
+    # Each false in plain eager mode. What is on below torch's operators has to see operators.
+    modes = (
+        torch._C._is_any_autocast_enabled,
+        torch._C._is_tracing,
+        torch._C._len_torch_dispatch_stack,
+        torch._C._len_torch_function_stack,
+        torch._C._functorch.get_dynamic_layer_stack_depth,
+        torch._C._autograd._profiler_enabled,
+    )
+    functions = torch.empty_like, torch.is_grad_enabled, modes
+    reason = module.setup(exchange, entry(), torch.Tensor, nn.Parameter, *functions)
+    return (None, reason) if reason is not None else (module, None)
+
+
+#: The module for calls that go without torch's dispatcher, and why it is absent (then every call is an operator's).
+direct, direct_error = _load_direct()

@@ -84,8 +84,8 @@ def attention_backward_queries(
         k_tile = tl.load(
             k + j[:, None].to(tl.int64) * k_l + d[None, :], mask=exists & (d[None, :] < columns), other=0.0
         )
-        at = v + j[:, None].to(tl.int64) * v_l + dv[None, :]
-        v_tile = tl.load(at, mask=exists & (dv[None, :] < value_columns), other=0.0)
+        v_at = v + j[:, None].to(tl.int64) * v_l + dv[None, :]
+        v_tile = tl.load(v_at, mask=exists & (dv[None, :] < value_columns), other=0.0)
         _, ds, dx = score_gradients(
             q_tile, k_tile, v_tile, do_tile, i, j, row_lse, row_delta, bias, mask, slope, seed, row,
             q_length, k_length, diagonal, bias_l, bias_k, mask_l, mask_k, scale, softcap, window_left, window_right,
@@ -153,9 +153,10 @@ def attention_backward_keys(
                 q_length, k_length, diagonal, bias_l, bias_k, mask_l, mask_k, scale, softcap, window_left,
                 window_right, drop_below, keep_scale, SOFTCAP, BIAS, MASK, ALIBI, LEFT, RIGHT, DROPOUT, PRECISION,
             )  # fmt: skip
-            dk_sums += tl.dot(tl.trans(dx).to(q_tile.dtype), finite(q_tile), input_precision=PRECISION)
+            # The branch in hide lies between the two products, which together take more registers than there are.
             dv_sums += tl.dot(tl.trans(dropped).to(do_tile.dtype), finite(do_tile), input_precision=PRECISION)
             dv_sums = hide(dv_sums, tl.trans(dropped), do_tile)
+            dk_sums += tl.dot(tl.trans(dx).to(q_tile.dtype), finite(q_tile), input_precision=PRECISION)
     at = dk + b64 * dk_b + kh64 * dk_h + j[:, None].to(tl.int64) * dk_l + d[None, :]
     tl.store(at, (dk_sums * scale).to(dk.dtype.element_ty), mask=(j[:, None] < keys) & (d[None, :] < columns))
     at = dv + b64 * dv_b + kh64 * dv_h + j[:, None].to(tl.int64) * dv_l + dc[None, :]

@@ -74,8 +74,8 @@ def attention_forward(
         if DROPOUT:
             row = (b64 * heads + h) * queries + i
             p = tl.where(dropout_keep(tl.load(seed), row, j, drop_below), p, 0.0)
-        at = v + j[:, None].to(tl.int64) * v_l + dv[None, :]
-        v_tile = tl.load(at, mask=exists & (dv[None, :] < value_columns), other=0.0)
+        v_at = v + j[:, None].to(tl.int64) * v_l + dv[None, :]
+        v_tile = tl.load(v_at, mask=exists & (dv[None, :] < value_columns), other=0.0)
         sums = sums * decay[:, None] + tl.dot(p.to(v_tile.dtype), finite(v_tile), input_precision=PRECISION)
         sums = hide(sums, p, v_tile)
 

@@ -65,6 +65,35 @@ def key_blocks(i0, rows, q_length, k_length, reach, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def post(room, numbers):
+    """Leave eight numbers for other warps in ``room`` [8], int32 in shared memory. For one warp, which then arrives at
+    the barrier that they wait for."""
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
+    index = gl.arange(0, 8, layout)
+    row = gl.full([8], 0, gl.int32, layout)
+    for n in gl.static_range(8):
+        row = gl.where(index == n, numbers[n], row)
+    room.store(row)
+    # Whichever of its threads arrives, all have written.
+    gl.barrier()
+
+
+@gluon.jit
+def number(row, N: gl.constexpr):
+    return gl.sum(gl.where(gl.arange(0, 8, row.type.layout) == N, row, 0), 0)
+
+
+@gluon.jit
+def posted(room):
+    """The eight numbers, for four warps: each thread reads all."""
+    row = room.load(gl.BlockedLayout([8], [32], [4], [0]))
+    return (
+        number(row, 0), number(row, 1), number(row, 2), number(row, 3),
+        number(row, 4), number(row, 5), number(row, 6), number(row, 7),
+    )  # fmt: skip
+
+
+@gluon.jit
 def keep_below(s, limit):
     """Scores of the columns below each row's limit, -inf for the others.
 

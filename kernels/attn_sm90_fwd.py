@@ -7,14 +7,19 @@ k_length - q_length (bottom right) or 0 (top left); right is 0 for causal attent
 
 One program per multiprocessor takes tiles of 128 queries of one head, one after the other. Of its three warpgroups the
 last holds the producer, one warp that has TMA fetch the tiles; the other two compute 64 rows each. K and V go through
-rings of STAGES tiles, Q through Q_STAGES. Every slot of a ring has two barriers: "full" counts the bytes that arrive,
-"empty" the warpgroups that are done with them. The n-th use of a slot ends the n-th phase of each, and a wait for the
-phase before the first succeeds at once, so that slots start out empty.
+rings of STAGES tiles, Q through Q_STAGES, and with it the numbers that say where its tile lies. Every slot of a ring
+has two barriers: "full" counts the bytes that arrive, "empty" the warpgroups that are done with them. The n-th use of a
+slot ends the n-th phase of each, and a wait for the phase before the first succeeds at once, so that slots start out
+empty.
 
 Blocks of keys are taken from the last to the first. Those that some row sees in part come first, each on its own.
 Then, for blocks that all rows see in full, the product q k of one block and the product p v of the one before it are
 issued together, and run while softmax works on the scores of the first; and the warpgroups take turns in issuing, so
 that one's softmax falls into the other's products.
+
+Registers bound the tiles: of the 232 that a thread has, D / 2 hold the output, BLOCK_N / 2 the scores, BLOCK_N / 4 the
+weights; with D = 256 and BLOCK_N = 64 that is 176. So that the others suffice, a warpgroup reads where its tile lies
+when it needs it, from shared memory; and see query_tile.
 
 Descriptors, made by the host: q, o [B, Hq, Lq, D] in tiles of 64 rows, k, v [B, Hk, Lk, D] in tiles of BLOCK_N; what
 lies beyond a tensor reads as 0 and is not written. Pointers: lse [B, Hq, Lq] float32 contiguous; q_lengths and
@@ -31,6 +36,8 @@ from fastgru.kernels.attn_sm90_common import (
     key_blocks,
     lengths_of,
     place_of,
+    post,
+    posted,
     rounds_of,
     softmax_step,
     tile_of,
@@ -54,7 +61,7 @@ def rounds_here(problem):
 
 @gluon.jit
 def tile_at(turn, problem, BLOCK_N: gl.constexpr):
-    """Where the tile of this turn lies, and the keys it needs."""
+    """Where the tile of this turn lies, and the keys it needs: eight numbers."""
     batch, heads, queries, keys, q_lengths, k_lengths, flags, right, section = problem
     tile = tile_of(turn, gl.program_id(0), gl.num_programs(0))
     head, block = place_of(tile, batch * heads, gl.cdiv(queries, BLOCK_M), section)
@@ -80,22 +87,24 @@ def produce(
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches."""
-    q_ring, k_ring, v_ring = rings
+    q_ring, k_ring, v_ring, places = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     group = problem[1] // k_desc.shape[1]
     done = 0
     for turn in range(rounds_here(problem)):
-        b, h, i0, _, _, _, needed, _ = tile_at(turn, problem, BLOCK_N)
+        place = tile_at(turn, problem, BLOCK_N)
+        b, h, i0, _, _, _, needed, _ = place
+        if needed > 0:
+            fetch(k_desc, [b, h // group, (needed - 1) * BLOCK_N, 0], k_ring, k_full, k_empty, done, STAGES)
         for who in gl.static_range(2):
             slot = turn % Q_STAGES * 2 + who
             mbarrier.wait(q_empty.index(slot), (turn // Q_STAGES & 1) ^ 1)
+            post(places.index(slot), place)
             mbarrier.expect(q_full.index(slot), q_desc.nbytes_per_cta)
             tma.async_load(q_desc, [b, h, i0 + who * ROWS, 0], q_full.index(slot), q_ring.index(slot))
         # The keys one block ahead, as they are used.
         for n in range(needed):
             j0 = (needed - 1 - n) * BLOCK_N
-            if n == 0:
-                fetch(k_desc, [b, h // group, j0, 0], k_ring, k_full, k_empty, done, STAGES)
             if n < needed - 1:
                 fetch(k_desc, [b, h // group, j0 - BLOCK_N, 0], k_ring, k_full, k_empty, done + 1, STAGES)
             fetch(v_desc, [b, h // group, j0, 0], v_ring, v_full, v_empty, done, STAGES)
@@ -122,6 +131,13 @@ def add_row_by_row(acc, p, room, v_tile, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def query_tile(q_ring, slot, n):
+    """The tile of queries [ROWS, D]. Of ``n``, a number of blocks of keys, nothing is added, as they are fewer than
+    2^24; but otherwise the two words that describe each of D / 16 parts of the tile would be kept in registers."""
+    return q_ring.index(slot + (n >> 24)).reshape([ROWS, q_ring.shape[4]])
+
+
+@gluon.jit
 def consume(
     o_desc, problem, lse, scale, rings, rooms, barriers, order,
     WHO: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
@@ -135,22 +151,21 @@ def consume(
     row: gl.constexpr = gl.SliceLayout(1, scores)
     sum_row: gl.constexpr = gl.SliceLayout(1, sums)
 
-    q_ring, k_ring, v_ring = rings
+    q_ring, k_ring, v_ring, places = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     heads, queries = problem[1], problem[2]
     nothing = gl.zeros([ROWS, BLOCK_N], gl.float32, scores)
     done = 0
     issues = 0
     for turn in range(rounds_here(problem)):
-        b, h, i0, q_length, k_length, reach, needed, whole = tile_at(turn, problem, BLOCK_N)
+        q_slot = turn % Q_STAGES * 2 + WHO
+        mbarrier.wait(q_full.index(q_slot), turn // Q_STAGES & 1)
+        _, _, i0, _, k_length, reach, needed, whole = posted(places.index(q_slot))
         i = i0 + WHO * ROWS + gl.arange(0, ROWS, row)
         limit = gl.minimum(i + reach, k_length)
         top = gl.full([ROWS], float("-inf"), gl.float32, row)
         total = gl.zeros([ROWS], gl.float32, row)
         acc = gl.zeros([ROWS, D], gl.float32, sums)
-        q_slot = turn % Q_STAGES * 2 + WHO
-        mbarrier.wait(q_full.index(q_slot), turn // Q_STAGES & 1)
-        q = q_ring.index(q_slot).reshape([ROWS, D])
 
         for n in range(needed - whole):
             j0 = (needed - 1 - n) * BLOCK_N
@@ -158,7 +173,7 @@ def consume(
             phase = done // STAGES & 1
             mbarrier.wait(k_full.index(slot), phase)
             k = k_ring.index(slot).reshape([BLOCK_N, D]).permute([1, 0])
-            s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+            s = warpgroup_mma(query_tile(q_ring, q_slot, n), k, nothing, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(slot), phase)
             v_tile = v_ring.index(slot).reshape([BLOCK_N, D])
             odd = has_odd(v_tile, BLOCK_N, D)
@@ -178,19 +193,19 @@ def consume(
             slot = done % STAGES
             mbarrier.wait(k_full.index(slot), done // STAGES & 1)
             k = k_ring.index(slot).reshape([BLOCK_N, D]).permute([1, 0])
-            s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+            s = warpgroup_mma(query_tile(q_ring, q_slot, whole), k, nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(slot))
             p, top, total, decay = softmax_step(s, top, total, scale)
             acc *= gl.convert_layout(decay, sum_row, assert_trivial=True)[:, None]
             weights = gl.convert_layout(p.to(dtype), operand, assert_trivial=True)
-            for _n in range(whole - 1):
+            for n in range(whole - 1):
                 k_slot = (done + 1) % STAGES
                 mbarrier.wait(k_full.index(k_slot), (done + 1) // STAGES & 1)
                 # The other warpgroup has issued its products of this round, of the one before for the first of the two.
                 mbarrier.wait(order.index(WHO), (issues & 1) ^ (1 - WHO))
                 k = k_ring.index(k_slot).reshape([BLOCK_N, D]).permute([1, 0])
-                s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+                s = warpgroup_mma(query_tile(q_ring, q_slot, n), k, nothing, use_acc=False, is_async=True)
                 slot = done % STAGES
                 mbarrier.wait(v_full.index(slot), done // STAGES & 1)
                 v_tile = v_ring.index(slot).reshape([BLOCK_N, D])
@@ -211,11 +226,13 @@ def consume(
             mbarrier.arrive(v_empty.index(slot))
             done += 1
 
+        b, h, i0, q_length, _, _, _, _ = posted(places.index(q_slot))
+        i = i0 + WHO * ROWS + gl.arange(0, ROWS, row)
         empty = (total == 0.0) | (i >= q_length)
         factor = gl.convert_layout(gl.where(empty, 0.0, 1.0 / total), sum_row, assert_trivial=True)
         out = gl.where(factor[:, None] == 0.0, 0.0, acc * factor[:, None])
         # In the place of q, which nobody reads any more.
-        q.store(out.to(dtype))
+        query_tile(q_ring, q_slot, 0).store(out.to(dtype))
         fence_async_shared()
         tma.async_store(o_desc, [b, h, i0 + WHO * ROWS, 0], q_ring.index(q_slot))
         row_lse = gl.where(empty, float("-inf"), (top * scale + gl.log2(total)) * 0.6931471805599453)
@@ -235,6 +252,8 @@ def attention_forward(
     v_ring = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_shape, v_desc.layout)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     rooms = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_N], plain)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    places = gl.allocate_shared_memory(gl.int32, [2 * Q_STAGES, 8], line)
     q_full = mbarrier.allocate_mbarrier(batch=2 * Q_STAGES)
     q_empty = mbarrier.allocate_mbarrier(batch=2 * Q_STAGES)
     k_full = mbarrier.allocate_mbarrier(batch=STAGES)
@@ -257,7 +276,7 @@ def attention_forward(
     shape = q_desc.shape
     problem = (shape[0], shape[1], shape[2], k_desc.shape[2], q_lengths, k_lengths, flags, right, section)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    rings = (q_ring, k_ring, v_ring)
+    rings = (q_ring, k_ring, v_ring, places)
     gl.warp_specialize(
         [
             (consume, (o_desc, problem, lse, scale, rings, rooms, barriers, order, 0, BLOCK_N, STAGES, Q_STAGES)),

@@ -100,9 +100,10 @@ def attention(a: Attention, kernel: Any, programs: int, seed: int = 0) -> tuple[
     return output, lse
 
 
+COLUMNS = [64, 128, 256]
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
-    "full, whole blocks": {"Lq": 256, "Lk": 512, "D": 64},
+    "full, whole blocks": {"Lq": 256, "Lk": 512},
     "one of each": {"B": 1, "Hq": 1, "Hk": 1, "Lq": 1, "Lk": 1},
     "causal": {"right": 0, "Lq": 300, "Lk": 300},
     "causal, more keys": {"right": 0, "Lq": 130, "Lk": 400},
@@ -111,8 +112,8 @@ CASES: dict[str, dict[str, Any]] = {
     "to the right": {"right": 100, "Lq": 200, "Lk": 500},
     "lengths": {"q_lengths": [200, 0], "k_lengths": [0, 131]},
     "lengths, causal": {"q_lengths": [37, 201], "k_lengths": [259, 130], "right": 0},
-    "128 columns": {"D": 128, "right": 0, "Lq": 260, "Lk": 520},
-    "float16": {"dtype": torch.float16, "D": 128, "k_lengths": [300, 17]},
+    "causal, many blocks": {"right": 0, "Lq": 260, "Lk": 520},
+    "float16": {"dtype": torch.float16, "k_lengths": [300, 17]},
     "heads last": {"heads_last": True, "right": 0},
 }
 
@@ -139,9 +140,10 @@ def exact(a: Attention) -> tuple[Tensor, Tensor]:
     )
 
 
+@pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("name", CASES)
-def test_like_the_reference(name: str, forward: Any) -> None:
-    a = problem(CASES[name])
+def test_like_the_reference(name: str, columns: int, forward: Any) -> None:
+    a = problem({**CASES[name], "D": columns})
     assert gluon.why_not(a) is None or gluon.manifest() is None
     want, want_lse = exact(a)
     output, lse = attention(a, forward.attention_forward, programs=5)
@@ -157,9 +159,10 @@ def test_like_the_reference(name: str, forward: Any) -> None:
 
 
 @pytest.mark.skipif(gluon._available() is not None, reason="needs a Hopper GPU and the kernels of a CUDA wheel")
+@pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("name", CASES)
-def test_on_the_gpu_as_emulated(name: str, forward: Any) -> None:
-    a = problem(CASES[name])
+def test_on_the_gpu_as_emulated(name: str, columns: int, forward: Any) -> None:
+    a = problem({**CASES[name], "D": columns})
     want = attention(a, forward.attention_forward, programs=5)
     given = [t.cuda() if isinstance(t, Tensor) else t for t in a]
     with fastgru.use_backend("gluon"):
@@ -170,8 +173,9 @@ def test_on_the_gpu_as_emulated(name: str, forward: Any) -> None:
     assert all(torch.equal(*pair) for pair in zip(got, ATTENTION_OPS["gluon"].forward(*given), strict=True))
 
 
-def test_hidden_nan_and_infinity(forward: Any) -> None:
-    a = problem({"right": 0, "k_lengths": [290, 160], "Lq": 201, "Lk": 300})
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_hidden_nan_and_infinity(columns: int, forward: Any) -> None:
+    a = problem({"right": 0, "k_lengths": [290, 160], "Lq": 201, "Lk": 300, "D": columns})
     usual, usual_lse = attention(a, forward.attention_forward, programs=3)
     odd = a._replace(key=a.key.clone(), value=a.value.clone())
     odd.key[0, :, 290:], odd.value[0, :, 290:] = math.nan, math.inf
@@ -186,7 +190,7 @@ def test_hidden_nan_and_infinity(forward: Any) -> None:
     assert output[1, :, 191:].isnan().all()
 
 
-@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("columns", COLUMNS)
 def test_the_same_bits_in_any_order(columns: int, forward: Any) -> None:
     """However the partitions and the copies take turns, and however many programs there are."""
     a = problem({"B": 1, "right": 0, "Lq": 700, "Lk": 900, "D": columns})
@@ -198,9 +202,11 @@ def test_the_same_bits_in_any_order(columns: int, forward: Any) -> None:
         assert torch.equal(first[0], other[0]) and torch.equal(first[1], other[1])
 
 
-INNER = "\n" + 16 * " "
-OUTER = "\n" + 8 * " "
+OUTER, MIDDLE, INNER = ("\n" + count * " " for count in (8, 12, 16))
 WAIT_K, FREE_K = "s = warpgroup_mma_wait(1, deps=[s])", "mbarrier.arrive(k_empty.index(k_slot))"
+WAIT_Q, POST = "mbarrier.wait(q_empty.index(slot), (turn // Q_STAGES & 1) ^ 1)", "post(places.index(slot), place)"
+FETCH_Q = "tma.async_load(q_desc, [b, h, i0 + who * ROWS, 0], q_full.index(slot), q_ring.index(slot))"
+EXPECT_Q = "mbarrier.expect(q_full.index(slot), q_desc.nbytes_per_cta)"
 WAIT_V, FREE_V = "acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])", "mbarrier.arrive(v_empty.index(slot))"
 
 #: What, in the kernel, a mistake would look like: each is noticed.
@@ -210,6 +216,8 @@ MISTAKES = {
         "mbarrier.wait(q_full.index(q_slot), 0)",
     ),
     "phase of k": ("(k_full.index(k_slot), (done + 1) // STAGES & 1)", "(k_full.index(k_slot), 1)"),
+    "place told early": (WAIT_Q + MIDDLE + POST, POST + MIDDLE + WAIT_Q),
+    "place told late": (MIDDLE.join([POST, EXPECT_Q, FETCH_Q]), MIDDLE.join([EXPECT_Q, FETCH_Q, POST])),
     "producer's phase": ("(use // STAGES & 1) ^ 1)", "(use // STAGES & 1))"),
     "no wait for v": (f"{INNER}mbarrier.wait(v_full.index(slot), done // STAGES & 1)", ""),
     "k released early": (WAIT_K + INNER + FREE_K, FREE_K + INNER + WAIT_K),
@@ -226,22 +234,25 @@ MISTAKES = {
 }
 
 
+@pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_noticed(name: str) -> None:
+def test_mistakes_are_noticed(name: str, columns: int) -> None:
     """In the kernels' barriers and bounds: the tests above would not pass with any of them."""
     wrong = emulator.emulated("attn_sm90_common", "attn_sm90_fwd", changes=dict([MISTAKES[name]]))
-    a = problem({"B": 1, "right": 0, "bottom_right": False, "Lq": 1100, "Lk": 1000})
-    want, _ = exact(a)
-    noticed = False
-    for seed in range(18):
+    shape = {"B": 1, "right": 0, "bottom_right": False, "Lq": 1100, "D": columns}
+    # Many blocks of keys to a tile, and one: then the producer is far ahead.
+    problems = [problem({**shape, "Lk": keys}) for keys in (1000, 40)]
+    wants = [exact(a)[0] for a in problems]
+
+    def noticed(seed: int) -> bool:
+        a, want = problems[seed % 2], wants[seed % 2]
         try:
-            output, _ = attention(a, wrong.attention_forward, programs=3, seed=seed)
-            noticed = not (output - want).abs().max() < 0.03
+            output, _ = attention(a, wrong.attention_forward, programs=3, seed=seed // 2)
         except emulator.KernelError:
-            noticed = True
-        if noticed:
-            break
-    assert noticed
+            return True
+        return not (output - want).abs().max() < 0.03
+
+    assert any(noticed(seed) for seed in range(36))
 
 
 pinned = pytest.mark.skipif(
@@ -260,7 +271,7 @@ def test_one_pin() -> None:
 
 
 @pinned
-@pytest.mark.parametrize("name", ["forward_bfloat16_64", "forward_bfloat16_128"])
+@pytest.mark.parametrize("name", [f"forward_bfloat16_{columns}" for columns in COLUMNS])
 def test_compiles_to_what_is_meant(name: str, compiled: dict[str, Any], tmp_path: Path) -> None:
     kernel = compiled[name] = BUILD["compiled"](VARIANTS[name])
     code = BUILD["disassembled"](kernel.asm["cubin"], tmp_path)

@@ -207,55 +207,81 @@ def test_empty_bias_gradient_and_operator() -> None:
     torch.testing.assert_close(*grads)
 
 
-POINTERS = {name: "*bf16" for name in ("q", "k", "v", "out", "d_out", "dq", "dk", "dv", "bias")}
-POINTERS |= {name: "*fp32" for name in ("lse", "delta", "d_bias", "slopes")}
+FLOATS = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv", "bias")
+POINTERS = {name: "*fp32" for name in ("lse", "delta", "d_bias", "slopes")}
 POINTERS |= {"mask": "*i8", "seed": "*i64", "q_lengths": "*i64", "k_lengths": "*i64"}
 NUMBERS = {"scale": "fp32", "softcap": "fp32", "keep_scale": "fp32", "drop_below": "i64"}
-LIGHT = ("BOTTOM_RIGHT", "LEFT", "RIGHT", "HAS_Q", "HAS_K")
+# What is compiled in. Less takes more registers now and then: Triton then does more of the loop's work before it.
+FEATURES: dict[str, tuple[str, ...] | None] = {
+    "plain": (),
+    "causal": ("BOTTOM_RIGHT", "RIGHT"),
+    "windows and lengths": ("BOTTOM_RIGHT", "LEFT", "RIGHT", "HAS_Q", "HAS_K"),
+    "all": None,
+}
 # Bytes of shared memory that one block may have, and the matrix instruction of a tile of 64 rows.
 TARGETS = {80: (163 * 1024, "HMMA"), 90: (227 * 1024, "HGMMA"), 100: (227 * 1024, "UTCHMMA")}
+COMPILED = [
+    # compute capability, type, columns of a head, whether they are a multiple of 16, features
+    (80, "bf16", 64, True, "windows and lengths"),
+    (80, "bf16", 64, False, "causal"),
+    (80, "fp16", 128, False, "all"),
+    (90, "bf16", 64, True, "all"),
+    (90, "bf16", 64, True, "causal"),
+    (90, "bf16", 128, True, "windows and lengths"),
+    (100, "bf16", 64, True, "windows and lengths"),
+    (80, "bf16", 256, True, "all"),
+    (90, "bf16", 256, True, "causal"),
+    (100, "fp16", 256, False, "plain"),
+    (80, "fp32", 64, True, "all"),
+    (90, "fp32", 64, False, "causal"),
+    (90, "fp32", 128, True, "all"),
+    (100, "fp32", 128, True, "plain"),
+    (80, "fp32", 256, True, "causal"),
+    (90, "fp32", 256, True, "all"),
+    (100, "fp32", 256, False, "windows and lengths"),
+]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
-@pytest.mark.parametrize(
-    "capability, columns, light",
-    [
-        (80, 64, True),
-        (80, 128, False),
-        (90, 64, False),
-        (90, 128, True),
-        (100, 64, True),
-    ],
-)
+@pytest.mark.parametrize("capability, dtype, columns, even, features", COMPILED)
 @pytest.mark.parametrize("name", ["attention_forward", "attention_backward_queries", "attention_backward_keys"])
-def test_compiles_without_a_gpu(name: str, capability: int, columns: int, light: bool, tmp_path: Path) -> None:
+def test_compiles_without_a_gpu(
+    name: str, capability: int, dtype: str, columns: int, even: bool, features: str, tmp_path: Path
+) -> None:
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = getattr(triton_attention._module("attn_fwd" if name == "attention_forward" else "attn_bwd"), name)
-    block_m, block_n, keys_blocks = triton_attention.blocks(columns, light)
-    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": columns, "BLOCK_DV": columns, "PRECISION": "ieee"}
-    if name == "attention_backward_keys":
-        sizes |= keys_blocks
+    on = FEATURES[features]
+    tiles = triton_attention.tiles(columns, "float32" if dtype == "fp32" else "heavy" if on is None else "light")
+    field = {"attention_forward": "forward", "attention_backward_queries": "by_queries"}.get(name, "by_keys")
+    tile = getattr(tiles, field)
+    sizes = {"BLOCK_M": tile.queries, "BLOCK_N": tile.keys, "BLOCK_D": columns, "BLOCK_DV": columns}
     # Every other constant turns a feature on.
     names = kernel.arg_names
-    constants = {arg: sizes.get(arg, not light or arg in LIGHT) for arg in names if arg.isupper()}
-    signature = {
-        arg: "constexpr" if arg in constants else POINTERS.get(arg) or NUMBERS.get(arg, "i32") for arg in names
+    constants: dict[str, Any] = {
+        arg: sizes.get(arg, on is None or arg in on) for arg in names if arg.isupper() and arg != "PRECISION"
     }
+    constants["PRECISION"] = "ieee"
+    types = POINTERS | dict.fromkeys(FLOATS, f"*{dtype}") | NUMBERS | dict.fromkeys(constants, "constexpr")
+    signature = {arg: types.get(arg, "i32") for arg in names}
     constexprs = {(names.index(arg),): value for arg, value in constants.items()}
-    # As Triton finds them for contiguous tensors.
+    # What Triton finds to be a multiple of 16.
+    rows = [arg for arg in names if arg[-2:] == "_l" and arg not in ("bias_l", "mask_l")]
+    others = [arg for arg in names if arg[-2:] in ("_b", "_h", "_l") or arg in ("columns", "value_columns")]
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, arg in enumerate(names)
-        if signature[arg].startswith("*") or arg in ("q_l", "k_l", "v_l", "o_l", "do_l", "dq_l", "dk_l", "dv_l")
+        if signature[arg][0] == "*" or arg in (others if even else rows)
     }
     source = ASTSource(kernel, signature, constexprs, aligned)
-    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=dict(triton_attention._OPTIONS))
+    options = {"num_stages": tile.stages, **triton_attention._OPTIONS}
+    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     most, instruction = TARGETS[capability]
     assert compiled.metadata.shared <= most
     code = disassemble(compiled, tmp_path)
     assert not re.findall(r"\b(?:LDL|STL)\b.*", code)
-    found = set(re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", code))
-    assert found and (instruction in found or sizes["BLOCK_M"] < 64), found
+    if dtype != "fp32":
+        found = set(re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", code))
+        assert found and (instruction in found or tile.queries < 64), found

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-for tool in ("auditwheel", "elftools", "torch_abi_audit", "twine"):
+for tool in ("abi3audit", "auditwheel", "elftools", "torch_abi_audit", "twine"):
     pytest.importorskip(tool, reason=f"{tool} is missing: pip install 'fastgru[wheel]'")
 
 CHECK = runpy.run_path(str(Path(__file__).parents[1] / "tools/check_wheel.py"))
@@ -38,18 +38,24 @@ def check(
     directory: Path,
     name: str = "fastgru-0.1.0",
     code: str = "",
+    module: str | None = "",
     flags: tuple[str, ...] = (),
     cubins: dict[str, str] | None = None,
     **more: str,
 ) -> None:
-    """Check a small wheel with a library made of ``code`` and of one call of torch; ``more`` replaces or adds files.
+    """Check a small wheel; ``more`` replaces or adds files.
 
+    Its library is made of ``code`` and one call of torch, the module beside it of ``module`` and one call of Python.
     ``cubins`` are the kernels compiled ahead: those of a CUDA wheel, unless others are given.
     """
     source, library = directory / "code.cpp", directory / "_C.so"
     source.write_text(CODE + code)
     compiler = os.environ.get("CXX", "g++")
     subprocess.run([compiler, "-shared", "-fPIC", *flags, str(source), "-o", str(library)], check=True)
+    if module is not None:
+        source.write_text('extern "C" int PyErr_Occurred(); int f() { return PyErr_Occurred(); }\n' + module)
+        target = directory / "_direct.abi3.so"
+        subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(target)], check=True)
     files = {
         "METADATA": METADATA,
         "WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: py3-none-{PLATFORM}\n",
@@ -65,6 +71,8 @@ def check(
     wheel = directory / (name if name.endswith(".whl") else f"{name}-py3-none-{PLATFORM}.whl")
     with zipfile.ZipFile(wheel, "w") as content:
         content.write(library, "fastgru/_C.so")
+        if module is not None:
+            content.write(target, "fastgru/_direct.abi3.so")
         for file, text in files.items():
             content.writestr(file, text)
     CHECK["check_file"](wheel)
@@ -121,7 +129,11 @@ def call(function: str) -> str:
         ({"WHEEL": "Tag: cp310-abi3-linux\n", "name": "fastgru-0.1.0-cp310-abi3-linux.whl"}, "not for every Python 3"),
         ({"WHEEL": "Tag: py3-none-linux\n", "name": "fastgru-0.1.0-py3-none-linux.whl"}, "is not for manylinux_2_28"),
         ({"METADATA": METADATA.replace("torch>=2.10", "numpy")}, "it requires ['numpy'], not torch alone"),
-        ({"fastgru.libs/libcudart.so.13": ""}, "not fastgru/_C.so alone"),
+        ({"fastgru.libs/libcudart.so.13": ""}, "not fastgru/_C.so and fastgru/_direct.abi3.so alone"),
+        ({"module": None}, "it holds ['fastgru/_C.so'], not"),
+        ({"module": call("aoti_torch_get_dim")}, "needs ['aoti_torch_get_dim'], which are not Python's"),
+        ({"module": call("_PyLong_Sign")}, "1 ABI violations found"),
+        ({"module": call("PyObject_Vectorcall")}, "1 ABI version mismatches"),
         ({"flags": ("-Wl,-rpath,/somewhere",)}, "names folders of the machine it was built on"),
         ({"code": call("PyLong_AsLong")}, "it needs ['PyLong_AsLong']"),
         ({"code": call("cudaFree")}, "it needs ['cudaFree']"),

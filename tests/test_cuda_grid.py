@@ -49,7 +49,7 @@ PROBLEMS = [
     Problem("f16", seed=1),
     Problem("tf32", seed=2),
     Problem("bf16", H=33, B=11, D=2, lengths=(7, 7, 6, 5, 5, 3, 2, 2, 1, 1, 1), seed=3),
-    Problem("f16", H=17, B=9, D=2, bias=False, each_direction=True, seed=4),
+    Problem("f16", H=17, B=2, D=2, bias=False, each_direction=True, seed=4),
     Problem("tf32", H=31, B=17, column_tiles=2, grad_h_n=False, seed=5),
     Problem("bf16", H=48, B=19, D=2, T=6, column_tiles=2, lengths=(6,) * 10 + (5, 4, 4, 3, 2, 2, 1, 1, 1), seed=6),
     Problem("bf16", H=1, B=1, T=1, seed=7),
@@ -66,8 +66,8 @@ def test_parity(emulation: ModuleType, problem: Problem) -> None:
 
 def test_same_bits_whatever_the_order(emulation: ModuleType) -> None:
     results = []
-    for seed in range(6):
-        layer = Layer(Problem("f16", H=33, T=6))
+    for seed in range(5):
+        layer = Layer(Problem("f16", H=17, T=6))
         layer.schedule = seed
         results.append(layer.ours(emulation))
     for name, first in results[0].items():
@@ -89,7 +89,7 @@ FAULTS = [
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_faults_do_not_go_unnoticed(emulation: ModuleType, direction: str, fault: str) -> None:
     """Wrong numbers, or an error of the emulation; some faults need a certain order of events to bring one about."""
-    layer = Layer(Problem(H=33, T=9, B=2))
+    layer = Layer(Problem(H=17, T=9, B=2))
     output, h_n, gates = layer.forward(emulation)
     wanted = (output, h_n) if direction == "forward" else layer.backward(emulation, output, gates)
 

@@ -50,6 +50,12 @@ BACKWARD = (*INSTRUCTIONS, r"\bUTMAREDG\.4D\.ADD\b", r"\bFENCE\.VIEW\.ASYNC\.G\b
 ROWS = (r"\bUTMALDG\.4D\b", r"\bSYNCS\.")
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+#: By head dimension: what registers and shared memory have room for.
+FORWARD = {
+    64: {"BLOCK_N": 128, "STAGES": 3, "Q_STAGES": 2},
+    128: {"BLOCK_N": 128, "STAGES": 2, "Q_STAGES": 2},
+    256: {"BLOCK_N": 64, "STAGES": 2, "Q_STAGES": 1},
+}
 POINTERS = {
     "lse": "*fp32", "d_lse": "*fp32", "stats": "*fp32", "turns": "*i32", "plan": "*i32", "q_lengths": "*i64",
     "k_lengths": "*i64",
@@ -76,13 +82,13 @@ class Variant(NamedTuple):
 def variants() -> list[Variant]:
     found = []
     for dtype in DTYPES:
-        for columns, stages in ((64, 3), (128, 2)):
-            rows = {"q_desc": 64, "k_desc": 128, "v_desc": 128, "o_desc": 64}
+        for columns, sizes in FORWARD.items():
+            rows = {"q_desc": 64, "k_desc": sizes["BLOCK_N"], "v_desc": sizes["BLOCK_N"], "o_desc": 64}
             found.append(
                 Variant(
                     f"forward_{dtype}_{columns}", "attn_sm90_fwd", "attention_forward", dtype,
                     {name: [1, 1, count, columns] for name, count in rows.items()},
-                    {"BLOCK_N": 128, "STAGES": stages, "Q_STAGES": 2},
+                    sizes,
                 )
             )  # fmt: skip
         for columns, rows in ((64, 128), (128, 64)):

@@ -2,10 +2,11 @@
 
     python tools/check_wheel.py dist/*.whl [--with python3.10=2.10.0 ...]
 
-The file: name, version and tag agree with the metadata; one library, nothing vendored, no search path; auditwheel finds
-no symbol newer than the tag promises; torch-abi-audit finds nothing outside torch's stable ABI, and nothing that torch
-2.10 lacks; no CPython symbol at all, so that abi3audit has nothing to audit; twine accepts the metadata; PyPI takes
-its size. A CUDA wheel holds machine code, and PTX for GPUs that are newer than it.
+The file: name, version and tag agree with the metadata; one library and the module beside it, nothing vendored, no
+search path; auditwheel finds no symbol newer than the tag promises. In the library torch-abi-audit finds nothing
+outside torch's stable ABI, and nothing that torch 2.10 lacks, and there is no CPython symbol at all; in the module
+there is none of torch, and abi3audit finds nothing outside the limited ABI of CPython 3.10. twine accepts the
+metadata; PyPI takes the size. A CUDA wheel holds machine code, and PTX for GPUs that are newer than it.
 
 The installation: for each ``--with PYTHON=TORCH`` (default: this interpreter and its torch) a fresh environment with
 that torch and one wheel alone runs `python -m fastgru verify` from an empty directory. A CUDA wheel passes it on a
@@ -35,6 +36,8 @@ from torch_abi_audit import inspect_extension
 
 OLDEST_TORCH = Version("2.10")
 LIBRARY = "fastgru/_C.so"
+MODULE = "fastgru/_direct.abi3.so"
+OLDEST_PYTHON = "3.10"
 # Of one file, unless PyPI is asked for more. Wheels with a local version are kept elsewhere and may be larger.
 PYPI_BYTES = 100 * 10**6
 # torch's libraries, and what every system has. All else, libcuda and libcudart included, must not be needed to load.
@@ -47,6 +50,7 @@ with fastgru.use_backend("cpu"):
     fastgru.GRU(3, 4)(torch.randn(5, 2, 3))
     fastgru.flash_attention(*torch.randn(3, 1, 2, 5, 8))
 assert fastgru.__version__ == sys.argv[1], fastgru.__version__
+assert fastgru._lib.direct is not None, fastgru._lib.direct_error
 cuda = fastgru.__version__.partition("+cu")[2]
 try:
     built = torch.ops.fastgru.cuda_versions()[0]
@@ -91,7 +95,7 @@ def check_names(wheel: Path, content: zipfile.ZipFile) -> None:
     runtime = [line for line in requirements if "extra ==" not in line]
     check(runtime == ["torch>=2.10"], wheel, f"it requires {runtime}, not torch alone")
     libraries = [name for name in content.namelist() if ".so" in Path(name).name or ".libs/" in name]
-    check(libraries == [LIBRARY], wheel, f"it holds {libraries}, not {LIBRARY} alone")
+    check(sorted(libraries) == [LIBRARY, MODULE], wheel, f"it holds {libraries}, not {LIBRARY} and {MODULE} alone")
     # auditwheel adds the folders themselves.
     cubins = {name for name in content.namelist() if name.startswith("fastgru/cubins/") and not name.endswith("/")}
     listed = set()
@@ -129,18 +133,33 @@ def device_code(elf: ELFFile) -> set[str]:
     return found
 
 
-def check_library(wheel: Path, library: Path) -> None:
-    """What the library needs to load is in every torch from the oldest on and in every system."""
-    with library.open("rb") as file:
-        elf = ELFFile(file)
-        code = device_code(elf)
-        dynamic = list(elf.get_section_by_name(".dynamic").iter_tags())
-        symbols = [s.name for s in elf.get_section_by_name(".dynsym").iter_symbols() if s["st_shndx"] == "SHN_UNDEF"]
+def undefined(wheel: Path, elf: ELFFile) -> list[str]:
+    """The symbols that a library or module finds in others, which are among those that every system has, or torch."""
+    dynamic = list(elf.get_section_by_name(".dynamic").iter_tags())
     needed = [tag.needed for tag in dynamic if tag.entry.d_tag == "DT_NEEDED"]
     foreign = [name for name in needed if not NEEDED.fullmatch(name)]
     check(not foreign, wheel, f"it needs {foreign} to load")
     paths = [tag.entry.d_tag for tag in dynamic if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
     check(not paths, wheel, f"{paths} names folders of the machine it was built on")
+    return [s.name for s in elf.get_section_by_name(".dynsym").iter_symbols() if s["st_shndx"] == "SHN_UNDEF"]
+
+
+def check_module(wheel: Path, module: Path) -> None:
+    """What the module needs is in every Python from the oldest on."""
+    with module.open("rb") as file:
+        symbols = undefined(wheel, ELFFile(file))
+    foreign = [name for name in symbols if re.match(r"aoti_|torch|_ZNK?(2at|3c10|5torch)|cuda|cu[A-Z]", name)]
+    check(not foreign, wheel, f"{MODULE} needs {foreign}, which are not Python's")
+    run(sys.executable, "-m", "abi3audit", "--strict", "--verbose", "--assume-minimum-abi3", OLDEST_PYTHON, module)
+    print(f"  abi3: nothing outside the limited ABI of Python {OLDEST_PYTHON}", flush=True)
+
+
+def check_library(wheel: Path, library: Path) -> None:
+    """What the library needs to load is in every torch from the oldest on and in every system."""
+    with library.open("rb") as file:
+        elf = ELFFile(file)
+        code = device_code(elf)
+        symbols = undefined(wheel, elf)
     private = [name for name in symbols if re.match(r"_?Py|cuda|cu[A-Z]", name)]
     check(not private, wheel, f"it needs {private}, which not every Python and every machine has")
     found = inspect_extension(library).torch
@@ -166,6 +185,7 @@ def check_file(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as content, tempfile.TemporaryDirectory() as directory:
         check_names(wheel, content)
         check_library(wheel, Path(content.extract(LIBRARY, directory)))
+        check_module(wheel, Path(content.extract(MODULE, directory)))
     shown = " ".join(run(sys.executable, "-m", "auditwheel", "show", wheel).split())
     tags = [int(minor) for minor in re.findall(r'"manylinux_2_(\d+)_', shown)]
     check(bool(tags) and max(tags) <= 28, wheel, f"auditwheel: {shown}")

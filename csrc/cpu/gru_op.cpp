@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const Op
                       wanted(dw_hh, need_weight_grad),
                       wanted(db_ih, need_weight_grad),
                       wanted(db_hh, need_weight_grad),
-                      chunk_tokens.load(std::memory_order_relaxed)};
+                      cpu_chunk_tokens()};
   current_engine().backward[int(layer.dtype)](b, torch_threads(), arena.scratch());
   return {dx, dh0, dw_ih, dw_hh, db_ih, db_hh};
 }
@@ -190,5 +190,6 @@ std::string cpu_isa() { return current_engine().name; }
 std::string cpu_isas() { return usable_engines(); }
 void cpu_set_isa(std::string name) { set_engine(name); }
 void cpu_set_chunk_tokens(int64_t tokens) { chunk_tokens.store(tokens); }
+int64_t cpu_chunk_tokens() { return chunk_tokens.load(std::memory_order_relaxed); }
 
 }  // namespace fastgru

@@ -29,5 +29,6 @@ std::string cpu_isa();
 std::string cpu_isas();
 void cpu_set_isa(std::string name);
 void cpu_set_chunk_tokens(int64_t tokens);  // for tests: tokens per chunk of the backward pass, 0 for the usual number
+int64_t cpu_chunk_tokens();
 
 }  // namespace fastgru

@@ -30,6 +30,7 @@
 #pragma once
 
 #include "gru_cluster_shape.h"
+#include "gru_cluster_thread.cuh"
 
 namespace fastgru {
 namespace cuda {
@@ -39,38 +40,24 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
   using Num = Numbers<P>;
   using Stored = typename Num::Stored;
   constexpr int RESIDENT = BACKWARD_RESIDENT<COLUMN_TILES>;
-  const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
-  const int rank = cluster_rank(), direction = block_index_y();
-  const int b0 = block_index_x() / shape.cluster * (COLUMNS * COLUMN_TILES);
-  const int H = loop.H, D = loop.D;
-  const int own_tiles = (shape.tiles - rank + shape.cluster - 1) / shape.cluster;
-  // Rows are sorted by length: the first of the cluster is the longest.
-  const int steps = row_steps(loop.rows, loop.T, b0);
+  const ClusterThread<P, COLUMN_TILES> own(loop, shape);
+  const int thread = own.thread, warp = own.warp, lane = own.lane, rank = own.rank, direction = own.direction;
+  const int H = loop.H, b = own.b, steps = own.steps;
   const auto time_of = [&](int step) { return direction == 0 ? steps - 1 - step : step; };
-
-  // --- The pair of this thread
-
-  const int slot = thread / 64, own_tile = slot / COLUMN_TILES, column_tile = slot % COLUMN_TILES;
-  const int column = thread % 64 / 8, pair = Num::pair_of(thread % 8);
-  const bool has_pair = own_tile < own_tiles;
-  const int b = b0 + column_tile * COLUMNS + column;
-  const int length = has_pair && b < loop.B ? row_steps(loop.rows, loop.T, b) : 0;
-  const int tile = rank + own_tile * shape.cluster;
-  const int unit[2] = {tile * TILE + pair, tile * TILE + pair + 8};
 
   // --- Weights of this warp: rows of W_hh of the block's units, columns of the warp's tiles of grad_h
 
   const auto w_hh = static_cast<const Stored*>(loop.w_hh) + int64_t(direction) * 3 * H * H;
   const int first_tile = warp * shape.warp_tiles;
   const int tile_count = max(0, min(shape.warp_tiles, shape.tiles - first_tile));
-  const int block_count = 3 * own_tiles * Num::BLOCKS;
+  const int block_count = 3 * own.tiles * Num::BLOCKS;
   const auto left_offset = [&](int at, int block, int i) {
     return at + ((block * shape.warp_tiles + i) * shape.warps + warp) * LEFT_BYTES + lane * 16;
   };
   const auto gather = [&](int at, int from, int to) {
     for (int block = from; block < to; ++block)
       for (int i = 0; i < tile_count; ++i) {
-        const int gate = block / Num::BLOCKS / own_tiles, of_tile = block / Num::BLOCKS % own_tiles;
+        const int gate = block / Num::BLOCKS / own.tiles, of_tile = block / Num::BLOCKS % own.tiles;
         uint32_t words[4];
         Num::load_left(words, lane, block % Num::BLOCKS, [&](int row, int k) {
           const int out = (first_tile + i) * TILE + row, in = (rank + of_tile * shape.cluster) * TILE + k;
@@ -91,7 +78,7 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
   gather(shape.left, RESIDENT, block_count);
 
   const auto barrier = [&](int exchange) { return exchange % 2 * 8; };
-  const int expected = shape.cluster * own_tiles * COLUMN_TILES * FRAGMENT_BYTES;
+  const int expected = shape.cluster * own.tiles * COLUMN_TILES * FRAGMENT_BYTES;
   if (thread == 0) {
     barrier_init(barrier(0), 1);
     barrier_init(barrier(1), 1);
@@ -105,16 +92,18 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
 
   // The gradient of the pair's state: of the state that step `step` computed, without grad_output.
   float carry[2] = {0, 0};
-  const auto state_at = [&](int i) { return (int64_t(direction) * loop.B + b) * H + unit[i]; };
-  if (has_pair && b < loop.B && loop.grad_h_n != nullptr)
+  const auto state_at = [&](int i) { return (int64_t(direction) * loop.B + b) * H + own.unit[i]; };
+  if (own.has_pair && b < loop.B && loop.grad_h_n != nullptr)
     for (int i = 0; i < 2; ++i)
-      if (unit[i] < H) carry[i] = Num::widen(load_constant(static_cast<const Stored*>(loop.grad_h_n) + state_at(i)));
+      if (own.unit[i] < H)
+        carry[i] = Num::widen(load_constant(static_cast<const Stored*>(loop.grad_h_n) + state_at(i)));
 
   const auto receive = [&](int exchange) {
     barrier_wait(barrier(exchange), exchange / 2 % 2);
     if (thread == 0) barrier_arrive_and_expect(barrier(exchange), expected);  // of exchange + 2
     const int at = shape.sums + exchange % 2 * shape.sums_bytes +
-                   (own_tile * COLUMN_TILES + column_tile) * FRAGMENT_BYTES + fragment_pair_offset(column, pair);
+                   (own.index * COLUMN_TILES + own.column_tile) * FRAGMENT_BYTES +
+                   fragment_pair_offset(own.column, own.pair);
 #pragma unroll 4
     for (int from = 0; from < shape.cluster; ++from) {
       uint32_t words[2];
@@ -125,24 +114,11 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
   };
 
   // What a step needs from memory is loaded as soon as that of the step before has been used.
-  Stored grad[2], previous[2], gates[4][2];
+  Saved<P> saved;
   const auto row_of = [&](int step) { return first_row(loop.rows, time_of(step), loop.B) + b; };
-  const auto is_active = [&](int step) { return time_of(step) < length; };
+  const auto is_active = [&](int step) { return time_of(step) < own.length; };
   const auto load_step = [&](int64_t row, bool active) {
-    const int64_t at = (row * D + direction) * H;
-    const auto from =
-        static_cast<const Stored*>(loop.gates) + (int64_t(direction) * loop.N + row) * 4 * shape.gate_stride;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool there = active && unit[i] < H;
-      grad[i] = there && loop.grad_output != nullptr
-                    ? load_constant(static_cast<const Stored*>(loop.grad_output) + at + unit[i])
-                    : Stored(0);
-      previous[i] = there ? load_constant(static_cast<const Stored*>(loop.previous) + at + unit[i]) : Stored(0);
-#pragma unroll
-      for (int kind = 0; kind < 4; ++kind)
-        gates[kind][i] = there ? load_constant(from + kind * shape.gate_stride + unit[i]) : Stored(0);
-    }
+    load_saved(loop, direction, own.unit, row, active, shape.gate_stride, saved);
   };
   int row = 0;
   if (steps > 0) {
@@ -153,42 +129,20 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
   for (int step = 0; step < steps; ++step) {
     const int operand = AFTER_BARRIERS + step % 2 * shape.operand_bytes;
     const bool active = is_active(step);
-    if (has_pair) {
+    if (own.has_pair) {
       if (step > 0) receive(step - 1);
       float d[4][2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float r = Num::widen(gates[0][i]), z = Num::widen(gates[1][i]);
-        const float n = Num::widen(gates[2][i]), g_n = Num::widen(gates[3][i]);
-        const float total = carry[i] + Num::widen(grad[i]);
-        d[2][i] = total * (1 - z) * (1 - n * n);
-        d[1][i] = total * (Num::widen(previous[i]) - n) * z * (1 - z);
-        d[0][i] = d[2][i] * g_n * r * (1 - r);
-        d[3][i] = d[2][i] * r;
-        // The gradient of a row that has ended passes, and no product is added to it.
-        if (active) carry[i] = total * z;
-      }
+      compute_gradients(saved, active, carry, d);
 #pragma unroll
       for (int gate = 0; gate < 3; ++gate) {
         const int kind = gate < 2 ? gate : 3;
         uint32_t words[Num::PAIR_WORDS];
         Num::to_operand(active ? d[kind][0] : 0, active ? d[kind][1] : 0, words);
-        store_shared(operand + ((column_tile * 3 + gate) * own_tiles + own_tile) * Num::BLOCKS * BLOCK_BYTES +
-                         Num::pair_offset(column, pair),
+        store_shared(operand + ((own.column_tile * 3 + gate) * own.tiles + own.index) * Num::BLOCKS * BLOCK_BYTES +
+                         Num::pair_offset(own.column, own.pair),
                      words);
       }
-      if (active) {
-        const auto to = static_cast<Stored*>(loop.grad_gates) + int64_t(row) * 4 * D * H;
-#pragma unroll
-        for (int kind = 0; kind < 4; ++kind) {
-          const int at = kind < 3 ? (direction * 3 + kind) * H : (3 * D + direction) * H;
-          Stored values[2];
-          Num::to_stored(d[kind][0], d[kind][1], values);
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            if (unit[i] < H) store_global(to + at + unit[i], values[i]);
-        }
-      }
+      if (active) store_gradients<P>(loop, direction, own.unit, row, d);
       if (step + 1 < steps) {
         row = row_of(step + 1);
         load_step(row, is_active(step + 1));
@@ -246,12 +200,11 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
     }
   }
 
-  if (has_pair) {
+  if (own.has_pair) {
     if (steps > 0) receive(steps - 1);
-    Stored values[2];
-    Num::to_stored(carry[0], carry[1], values);
-    for (int i = 0; i < 2; ++i)
-      if (b < loop.B && unit[i] < H) store_global(static_cast<Stored*>(loop.grad_hx) + state_at(i), values[i]);
+    if (b < loop.B)
+      store_pair<P>(own.unit, static_cast<Stored*>(loop.grad_hx) + (int64_t(direction) * loop.B + b) * H, H, carry[0],
+                    carry[1]);
   }
   sync_cluster();
 }

@@ -30,6 +30,7 @@
 #pragma once
 
 #include "gru_cluster_shape.h"
+#include "gru_cluster_thread.cuh"
 
 namespace fastgru {
 namespace cuda {
@@ -39,30 +40,16 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
   using Num = Numbers<P>;
   using Stored = typename Num::Stored;
   constexpr int RESIDENT = FORWARD_RESIDENT<COLUMN_TILES>;
-  const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
-  const int rank = cluster_rank(), direction = block_index_y();
-  const int b0 = block_index_x() / shape.cluster * (COLUMNS * COLUMN_TILES);
-  const int H = loop.H, D = loop.D;
-  const int own_tiles = (shape.tiles - rank + shape.cluster - 1) / shape.cluster;
-  // Rows are sorted by length: the first of the cluster is the longest.
-  const int steps = row_steps(loop.rows, loop.T, b0);
+  const ClusterThread<P, COLUMN_TILES> own(loop, shape);
+  const int thread = own.thread, warp = own.warp, lane = own.lane, rank = own.rank, direction = own.direction;
+  const int H = loop.H, b = own.b, steps = own.steps;
   const auto time_of = [&](int step) { return direction == 0 ? step : steps - 1 - step; };
-
-  // --- The pair of this thread
-
-  const int slot = thread / 64, own_tile = slot / COLUMN_TILES, column_tile = slot % COLUMN_TILES;
-  const int column = thread % 64 / 8, place = thread % 8, pair = Num::pair_of(place);
-  const bool has_pair = own_tile < own_tiles;
-  const int b = b0 + column_tile * COLUMNS + column;
-  const int length = has_pair && b < loop.B ? row_steps(loop.rows, loop.T, b) : 0;
-  const int tile = rank + own_tile * shape.cluster;
-  const int unit[2] = {tile * TILE + pair, tile * TILE + pair + 8};
 
   // --- Weights of this warp
 
   const auto w_hh = static_cast<const Stored*>(loop.w_hh) + int64_t(direction) * 3 * H * H;
   const int warp_tile = warp / shape.slices, first_block = warp % shape.slices * shape.slice_blocks;
-  const int block_count = warp_tile < own_tiles ? min(shape.slice_blocks, shape.tiles * Num::BLOCKS - first_block) : 0;
+  const int block_count = warp_tile < own.tiles ? min(shape.slice_blocks, shape.tiles * Num::BLOCKS - first_block) : 0;
   const auto load_left = [&](uint32_t (&words)[4], int block, int gate) {
     Num::load_left(words, lane, first_block + block, [&](int row, int k) {
       const int out = (rank + warp_tile * shape.cluster) * TILE + row;
@@ -95,31 +82,21 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
   // --- What the pair begins with
 
   float h[2] = {0, 0};
-  if (has_pair && b < loop.B) {
+  if (own.has_pair && b < loop.B) {
     const auto hx = static_cast<const Stored*>(loop.hx) + (int64_t(direction) * loop.B + b) * H;
     for (int i = 0; i < 2; ++i)
-      if (unit[i] < H) h[i] = Num::widen(load_constant(hx + unit[i]));
+      if (own.unit[i] < H) h[i] = Num::widen(load_constant(hx + own.unit[i]));
   }
 
-  // Biases of r, z, n and g_n, those of r and z summed, are kept in shared memory: registers are for weights.
   const auto bias_offset = [&](int kind) {
-    return shape.bias + ((kind * CLUSTER_WARPS / 2 + own_tile) * 8 + pair) * 8;
+    return shape.bias + ((kind * CLUSTER_WARPS / 2 + own.index) * 8 + own.pair) * 8;
   };
-  if (has_pair && column_tile == 0 && column == 0) {
-    const auto bias_of = [&](const void* biases, int gate, int unit) {
-      const auto from = static_cast<const Stored*>(biases) + (direction * 3 + gate) * H + unit;
-      return biases != nullptr && unit < H ? Num::widen(load_constant(from)) : 0.0f;
-    };
+  if (own.has_pair && own.column_tile == 0 && own.column == 0)
     for (int kind = 0; kind < 4; ++kind) {
       uint32_t words[2];
-      for (int i = 0; i < 2; ++i) {
-        const float of_i = kind < 3 ? bias_of(loop.b_ih, kind, unit[i]) : 0.0f;
-        const float of_g = kind != 2 ? bias_of(loop.b_hh, kind < 3 ? kind : 2, unit[i]) : 0.0f;
-        words[i] = bits_of(of_i + of_g);
-      }
+      load_bias<P>(loop, direction, own.unit, kind, words);
       store_shared(bias_offset(kind), words);
     }
-  }
 
   // --- The operand of the first step: hx, read by every block for itself
 
@@ -129,7 +106,7 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
   };
   for (int at = thread; at < shape.tiles * COLUMN_TILES * 64; at += CLUSTER_THREADS) {
     const int tile = at / 64 / COLUMN_TILES, of_columns = at / 64 % COLUMN_TILES;
-    const int row = b0 + of_columns * COLUMNS + at % 64 / 8, low = tile * TILE + Num::pair_of(at % 8);
+    const int row = own.b0 + of_columns * COLUMNS + at % 64 / 8, low = tile * TILE + Num::pair_of(at % 8);
     const auto hx = static_cast<const Stored*>(loop.hx) + (int64_t(direction) * loop.B + row) * H;
     const float first = row < loop.B && low < H ? Num::widen(load_constant(hx + low)) : 0;
     const float second = row < loop.B && low + 8 < H ? Num::widen(load_constant(hx + low + 8)) : 0;
@@ -154,19 +131,11 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
   // A step's projection is loaded at the end of the step before, and comes while h is on its way.
   Stored i_gates[3][2];
   const auto row_of = [&](int step) { return first_row(loop.rows, time_of(step), loop.B) + b; };
-  const auto is_active = [&](int step) { return time_of(step) < length; };
-  const auto load_projection = [&](int64_t row, bool active) {
-    const auto from = static_cast<const Stored*>(loop.i) + (row * D + direction) * 3 * H;
-#pragma unroll
-    for (int gate = 0; gate < 3; ++gate)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        i_gates[gate][i] = active && unit[i] < H ? load_constant(from + gate * H + unit[i]) : Stored(0);
-  };
+  const auto is_active = [&](int step) { return time_of(step) < own.length; };
   int row = 0;
   if (steps > 0) {
     row = row_of(0);
-    load_projection(row, is_active(0));
+    load_projection<P>(loop, direction, own.unit, row, is_active(0), i_gates);
   }
 
   for (int step = 0; step < steps; ++step) {
@@ -221,37 +190,22 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
     }
     sync_threads();
 
-    if (has_pair) {
-      float g[3][2] = {}, bias[4][2];
-#pragma unroll
-      for (int kind = 0; kind < 4; ++kind) {
-        uint32_t words[2];
-        load_shared(bias_offset(kind), words);
-        bias[kind][0] = float_of(words[0]), bias[kind][1] = float_of(words[1]);
-      }
+    if (own.has_pair) {
+      float g[3][2] = {};
 #pragma unroll 2
       for (int slice = 0; slice < shape.slices; ++slice)
 #pragma unroll
         for (int gate = 0; gate < 3; ++gate) {
-          const int of_warp = own_tile * shape.slices + slice;
+          const int of_warp = own.index * shape.slices + slice;
           uint32_t words[2];
-          load_shared(shape.partial + ((of_warp * 3 + gate) * COLUMN_TILES + column_tile) * FRAGMENT_BYTES +
-                          fragment_pair_offset(column, pair),
+          load_shared(shape.partial + ((of_warp * 3 + gate) * COLUMN_TILES + own.column_tile) * FRAGMENT_BYTES +
+                          fragment_pair_offset(own.column, own.pair),
                       words);
           g[gate][0] += float_of(words[0]);
           g[gate][1] += float_of(words[1]);
         }
       const bool active = is_active(step);
-      float r[2], z[2], n[2], g_n[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        g_n[i] = g[2][i] + bias[3][i];
-        r[i] = sigmoid(Num::widen(i_gates[0][i]) + bias[0][i] + g[0][i]);
-        z[i] = sigmoid(Num::widen(i_gates[1][i]) + bias[1][i] + g[1][i]);
-        n[i] = tanh(Num::widen(i_gates[2][i]) + bias[2][i] + r[i] * g_n[i]);
-        // A row that has not begun or has ended keeps its state.
-        if (active) h[i] = n[i] + z[i] * (h[i] - n[i]);
-      }
+      const Gates gates = compute_gates<P>(i_gates, g, bias_offset, active, h);
 
       if (step + 1 < steps) {
         // Neighbours put their pairs together to messages; each then sends it to some of the blocks.
@@ -261,8 +215,8 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           message[i] = shuffle(words[i % Num::PAIR_WORDS], lane / GROUP * GROUP + i / Num::PAIR_WORDS);
-        const uint32_t offset = operand(step + 1) + operand_tile(tile, column_tile) +
-                                Num::pair_offset(column, Num::pair_of(place / GROUP * GROUP));
+        const uint32_t offset = operand(step + 1) + operand_tile(own.tile, own.column_tile) +
+                                Num::pair_offset(own.column, Num::pair_of(own.place / GROUP * GROUP));
         for (int i = lane % GROUP; i < shape.cluster; i += GROUP) {
           // Each begins with itself, so that not all send to the same block at once.
           const int peer = rank + i < shape.cluster ? rank + i : rank + i - shape.cluster;
@@ -270,37 +224,16 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
         }
       }
 
-      if (active) {
-        const auto store_pair = [&](Stored* to, int end, float low, float high) {
-          Stored values[2];
-          Num::to_stored(low, high, values);
-          if (unit[0] < end) store_global(to + unit[0], values[0]);
-          if (unit[1] < end) store_global(to + unit[1], values[1]);
-        };
-        store_pair(static_cast<Stored*>(loop.output) + (int64_t(row) * D + direction) * H, H, h[0], h[1]);
-        if (loop.gates != nullptr) {
-          const int stride = shape.gate_stride;
-          const auto gates = static_cast<Stored*>(loop.gates) + (int64_t(direction) * loop.N + row) * 4 * stride;
-          store_pair(gates, stride, r[0], r[1]);
-          store_pair(gates + stride, stride, z[0], z[1]);
-          store_pair(gates + 2 * stride, stride, n[0], n[1]);
-          store_pair(gates + 3 * stride, stride, g_n[0], g_n[1]);
-        }
-      }
+      if (active) store_state<P>(loop, direction, own.unit, row, shape.gate_stride, h, gates);
       if (step + 1 < steps) {
         row = row_of(step + 1);
-        load_projection(row, is_active(step + 1));
+        load_projection<P>(loop, direction, own.unit, row, is_active(step + 1), i_gates);
       }
     }
   }
 
-  if (has_pair && b < loop.B) {
-    const auto h_n = static_cast<Stored*>(loop.h_n) + (int64_t(direction) * loop.B + b) * H;
-    Stored values[2];
-    Num::to_stored(h[0], h[1], values);
-    for (int i = 0; i < 2; ++i)
-      if (unit[i] < H) store_global(h_n + unit[i], values[i]);
-  }
+  if (own.has_pair && b < loop.B)
+    store_pair<P>(own.unit, static_cast<Stored*>(loop.h_n) + (int64_t(direction) * loop.B + b) * H, H, h[0], h[1]);
   sync_cluster();
 }
 

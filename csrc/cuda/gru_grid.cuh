@@ -34,7 +34,7 @@
 #include <algorithm>
 
 #include "grid_primitives.cuh"
-#include "gru_operands.cuh"
+#include "gru_pair.cuh"
 
 namespace fastgru {
 namespace cuda {
@@ -284,14 +284,6 @@ struct GridThread {
   }
 };
 
-template <Precision P>
-FASTGRU_DEVICE void store_pair(const int (&unit)[2], typename Numbers<P>::Stored* to, int end, float low, float high) {
-  typename Numbers<P>::Stored values[2];
-  Numbers<P>::to_stored(low, high, values);
-  if (unit[0] < end) store_global(to + unit[0], values[0]);
-  if (unit[1] < end) store_global(to + unit[1], values[1]);
-}
-
 // `exchange`: [D][group][BUFFERS][operand], all EMPTY.
 template <Precision P, int COLUMN_TILES>
 FASTGRU_DEVICE void gru_grid_forward_block(const GruForwardLoop& loop, const GridShape& shape, int first_direction,
@@ -326,81 +318,39 @@ FASTGRU_DEVICE void gru_grid_forward_block(const GruForwardLoop& loop, const Gri
     all.set(0, at, h[0], h[1]);
   }
 
-  // Biases of r, z, n and g_n, those of r and z summed, are kept in shared memory: registers are for weights.
   const auto bias_offset = [&](int kind) { return shape.bias + (kind * 8 + own.pair) * 8; };
-  if (own.has_pair && own.column_tile == 0 && own.column == 0) {
-    const auto bias_of = [&](const void* biases, int gate, int unit) {
-      const auto from = static_cast<const Stored*>(biases) + (direction * 3 + gate) * H + unit;
-      return biases != nullptr && unit < H ? Num::widen(load_constant(from)) : 0.0f;
-    };
+  if (own.has_pair && own.column_tile == 0 && own.column == 0)
     for (int kind = 0; kind < 4; ++kind) {
       uint32_t words[2];
-      for (int i = 0; i < 2; ++i) {
-        const float of_i = kind < 3 ? bias_of(loop.b_ih, kind, own.unit[i]) : 0.0f;
-        const float of_g = kind != 2 ? bias_of(loop.b_hh, kind < 3 ? kind : 2, own.unit[i]) : 0.0f;
-        words[i] = bits_of(of_i + of_g);
-      }
+      load_bias<P>(loop, direction, own.unit, kind, words);
       store_shared(bias_offset(kind), words);
     }
-  }
 
   // A step's projection is loaded as soon as the one before has been used, most of a step ahead; its row is known by
   // then.
   Stored i_gates[3][2];
   const auto row_of = [&](int step) { return first_row(loop.rows, time_of(min(step, steps - 1)), loop.B) + b; };
   const auto is_active = [&](int step) { return step < steps && time_of(step) < length; };
-  const auto load_projection = [&](int64_t row, bool active) {
-    const auto from = static_cast<const Stored*>(loop.i) + (row * D + direction) * 3 * H;
-#pragma unroll
-    for (int gate = 0; gate < 3; ++gate)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        i_gates[gate][i] = active && own.unit[i] < H ? load_constant(from + gate * H + own.unit[i]) : Stored(0);
-  };
   int row = row_of(0), next_row = row_of(1);
-  load_projection(row, is_active(0));
+  load_projection<P>(loop, direction, own.unit, row, is_active(0), i_gates);
 
   for (int step = 0; step < steps; ++step) {
     product.multiply(step, all);
     sync_threads();
 
-    float r[2], z[2], n[2], g_n[2];
+    Gates gates;
     const bool active = is_active(step);
     if (own.has_pair) {
-      float g[3][2], bias[4][2];
+      float g[3][2];
       Product::collect(step, own.column_tile, own.column, own.pair, g);
-#pragma unroll
-      for (int kind = 0; kind < 4; ++kind) {
-        uint32_t words[2];
-        load_shared(bias_offset(kind), words);
-        bias[kind][0] = float_of(words[0]), bias[kind][1] = float_of(words[1]);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        g_n[i] = g[2][i] + bias[3][i];
-        r[i] = sigmoid(Num::widen(i_gates[0][i]) + bias[0][i] + g[0][i]);
-        z[i] = sigmoid(Num::widen(i_gates[1][i]) + bias[1][i] + g[1][i]);
-        n[i] = tanh(Num::widen(i_gates[2][i]) + bias[2][i] + r[i] * g_n[i]);
-        // A row that has not begun or has ended keeps its state.
-        if (active) h[i] = n[i] + z[i] * (h[i] - n[i]);
-      }
+      gates = compute_gates<P>(i_gates, g, bias_offset, active, h);
       if (step + 1 < steps) all.set(step + 1, at, h[0], h[1]);
       if (step > 0 && step + 3 < steps) all.clear(step - 1, at);
     }
     fence_gpu();
     if (own.has_pair) {
-      load_projection(next_row, is_active(step + 1));
-      if (active) {
-        store_pair<P>(own.unit, static_cast<Stored*>(loop.output) + (int64_t(row) * D + direction) * H, H, h[0], h[1]);
-        if (loop.gates != nullptr) {
-          const int stride = shape.gate_stride;
-          const auto gates = static_cast<Stored*>(loop.gates) + (int64_t(direction) * loop.N + row) * 4 * stride;
-          store_pair<P>(own.unit, gates, stride, r[0], r[1]);
-          store_pair<P>(own.unit, gates + stride, stride, z[0], z[1]);
-          store_pair<P>(own.unit, gates + 2 * stride, stride, n[0], n[1]);
-          store_pair<P>(own.unit, gates + 3 * stride, stride, g_n[0], g_n[1]);
-        }
-      }
+      load_projection<P>(loop, direction, own.unit, next_row, is_active(step + 1), i_gates);
+      if (active) store_state<P>(loop, direction, own.unit, row, shape.gate_stride, h, gates);
     }
     row = next_row;
     next_row = row_of(step + 2);
@@ -443,24 +393,12 @@ FASTGRU_DEVICE void gru_grid_backward_block(const GruBackwardLoop& loop, const G
       if (own.unit[i] < H) carry[i] = Num::widen(load_constant(from + own.unit[i]));
   }
 
-  // grad_output, the state before, r, z, n, g_n of a step, loaded most of a step ahead.
-  Stored saved[6][2];
+  // What forward left of a step is loaded most of a step ahead.
+  Saved<P> saved;
   const auto row_of = [&](int step) { return first_row(loop.rows, time_of(min(step, steps - 1)), loop.B) + b; };
   const auto is_active = [&](int step) { return step < steps && time_of(step) < length; };
   const auto load_step = [&](int64_t row, bool active) {
-    const auto grad = static_cast<const Stored*>(loop.grad_output) + (row * D + direction) * H;
-    const auto previous = static_cast<const Stored*>(loop.previous) + (row * D + direction) * H;
-    const auto gates =
-        static_cast<const Stored*>(loop.gates) + (int64_t(direction) * loop.N + row) * 4 * shape.gate_stride;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool here = active && own.unit[i] < H;
-      saved[0][i] = here && loop.grad_output != nullptr ? load_constant(grad + own.unit[i]) : Stored(0);
-      saved[1][i] = here ? load_constant(previous + own.unit[i]) : Stored(0);
-#pragma unroll
-      for (int kind = 0; kind < 4; ++kind)
-        saved[2 + kind][i] = here ? load_constant(gates + kind * shape.gate_stride + own.unit[i]) : Stored(0);
-    }
+    load_saved(loop, direction, own.unit, row, active, shape.gate_stride, saved);
   };
   int row = row_of(0), next_row = row_of(1);
   load_step(row, is_active(0));
@@ -469,29 +407,14 @@ FASTGRU_DEVICE void gru_grid_backward_block(const GruBackwardLoop& loop, const G
   float d[4][2];
   const auto begin_step = [&](int step) {
     const bool active = is_active(step);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float r = Num::widen(saved[2][i]), z = Num::widen(saved[3][i]), n = Num::widen(saved[4][i]);
-      const float total = carry[i] + Num::widen(saved[0][i]);
-      const float d_n = total * (1 - z) * (1 - n * n);
-      d[0][i] = active ? d_n * Num::widen(saved[5][i]) * r * (1 - r) : 0;
-      d[1][i] = active ? total * (Num::widen(saved[1][i]) - n) * z * (1 - z) : 0;
-      d[2][i] = d_n;
-      d[3][i] = active ? d_n * r : 0;
-      if (active) carry[i] = total * z;
-    }
+    compute_gradients(saved, active, carry, d);
 #pragma unroll
     for (int gate = 0; gate < 3; ++gate)
       all.set(step, all.pair_at(gate * shape.tiles + own.tile, own.column_tile, own.column, own.pair),
-              d[gate == 2 ? 3 : gate][0], d[gate == 2 ? 3 : gate][1]);
+              active ? d[gate == 2 ? 3 : gate][0] : 0, active ? d[gate == 2 ? 3 : gate][1] : 0);
   };
   const auto store_step = [&](bool active) {
-    if (!active) return;
-    const auto to = static_cast<Stored*>(loop.grad_gates) + int64_t(row) * 4 * D * H;
-#pragma unroll
-    for (int kind = 0; kind < 3; ++kind)
-      store_pair<P>(own.unit, to + (direction * 3 + kind) * H, H, d[kind][0], d[kind][1]);
-    store_pair<P>(own.unit, to + (3 * D + direction) * H, H, d[3][0], d[3][1]);
+    if (active) store_gradients<P>(loop, direction, own.unit, row, d);
   };
   if (own.has_pair) {
     begin_step(0);

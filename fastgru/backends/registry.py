@@ -153,6 +153,11 @@ def select(device: torch.device | str, dtype: torch.dtype) -> Backend:
     return backend
 
 
+def selected(device: torch.device, dtype: torch.dtype) -> Backend | None:
+    """What :func:`select` chose when it was last called for this device and dtype, if that still holds."""
+    return _chosen.get((device, dtype))
+
+
 def fastest(device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> Backend:
     """As :func:`select`, but ``auto`` passes over a backend that does not win a problem of these sizes, or refuses it.
     A compiler does not know them: None."""

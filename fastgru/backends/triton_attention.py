@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,28 @@ from torch import Tensor
 from fastgru.backends.reference_attention import Attention, dropout_threshold, empty_like_layout
 
 # Said outright, because Triton's defaults change from one release to the next.
-_OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
+# BLOCK_M, BLOCK_N and stages of the forward kernel and of the kernels by queries and by keys of the backward pass, for
+# up to 64, 128 and 256 columns, with which nothing spills. What takes more registers: float32, wide heads, all that
+# shapes scores but lengths and windows (what is not light), and the two sums of the kernel by keys.
+_TILES = {
+    "light": {
+        64: ((64, 64, 2), (64, 32, 2), (64, 32, 2)),
+        128: ((64, 64, 2), (64, 32, 2), (32, 64, 2)),
+        256: ((32, 32, 2), (16, 32, 2), (16, 32, 2)),
+    },
+    "heavy": {
+        64: ((32, 32, 2), (32, 32, 2), (32, 32, 2)),
+        128: ((32, 32, 2), (32, 32, 2), (32, 32, 2)),
+        256: ((32, 16, 2), (16, 32, 2), (16, 32, 1)),
+    },
+    "float32": {
+        64: ((32, 16, 2), (32, 32, 2), (16, 16, 2)),
+        128: ((32, 16, 2), (32, 16, 2), (16, 16, 1)),
+        256: ((16, 16, 2), (16, 32, 1), (16, 16, 1)),
+    },
+}
 
 # Few queries and many keys: their tiles are split until so many programs run, each with so many tiles of keys.
 _PROGRAMS, _LEAST_TILES, _MOST_SPLITS = 256, 4, 32
@@ -34,15 +54,25 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:3]]
 
 
-def blocks(columns: int, light: bool) -> tuple[int, int, dict[str, int]]:
-    """BLOCK_M and BLOCK_N of the kernels, and both of the kernel by keys, for heads of so many columns.
+class Tile(NamedTuple):
+    """BLOCK_M queries and BLOCK_N keys of a kernel, and how many of its loop's tiles are under way at once."""
 
-    The largest with which nothing spills: float32 tiles, wide heads and all that shapes scores but lengths and windows
-    (what is not ``light``) take more registers; so do the two sums of the kernel by keys.
-    """
-    if not light or columns > 128:
-        return 32, 32, {"BLOCK_M": 32, "BLOCK_N": 32}
-    return 64, 64, {"BLOCK_M": 32, "BLOCK_N": 64 if columns == 128 else 32}
+    queries: int
+    keys: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """Of the three kernels."""
+
+    forward: Tile
+    by_queries: Tile
+    by_keys: Tile
+
+
+def tiles(columns: int, kind: str) -> Tiles:
+    """Those for heads of so many columns, a power of 2; ``kind``: "light", "heavy" or "float32"."""
+    return Tiles(*(Tile(*sizes) for sizes in _TILES[kind][min(max(columns, 64), 256)]))
 
 
 class _Launch:
@@ -74,8 +104,9 @@ class _Launch:
         )
         columns, value_columns = (max(16, 1 << (n - 1).bit_length()) for n in (D, Dv))
         shapes = (a.bias, a.mask, a.alibi_slopes, a.dropout_seed)
-        light = a.softcap == 0 and all(t is None for t in shapes) and a.query.dtype != torch.float32
-        self.block_m, self.block_n, self.keys_blocks = blocks(max(columns, value_columns), light)
+        light = a.softcap == 0 and all(t is None for t in shapes)
+        kind = "float32" if a.query.dtype == torch.float32 else "light" if light else "heavy"
+        self.tiles = tiles(max(columns, value_columns), kind)
         self.constants: dict[str, Any] = {
             "BOTTOM_RIGHT": a.bottom_right,
             "SOFTCAP": a.softcap > 0,
@@ -88,18 +119,16 @@ class _Launch:
             "HAS_Q": a.q_lengths is not None,
             "HAS_K": a.k_lengths is not None,
             "PRECISION": "ieee",
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
             "BLOCK_D": columns,
             "BLOCK_DV": value_columns,
         }
-        self.key_tiles = -(-Lk // self.block_n)
-        self.query_programs = B * heads * -(-Lq // self.block_m)
-        self.key_programs = B * a.key.size(1) * -(-Lk // self.keys_blocks["BLOCK_N"])
 
-    def __call__(self, kernel: Any, programs: int, *arguments: Any, splits: int = 1, **constants: Any) -> None:
+    def __call__(
+        self, kernel: Any, tile: Tile, programs: int, *arguments: Any, splits: int = 1, **constants: Any
+    ) -> None:
         if programs:
-            kernel[(programs, splits)](*arguments, *self.scalars, **{**self.constants, **constants}, **_OPTIONS)
+            constants |= {"BLOCK_M": tile.queries, "BLOCK_N": tile.keys, "num_stages": tile.stages}
+            kernel[(programs, splits)](*arguments, *self.scalars, **self.constants, **constants, **_OPTIONS)
 
 
 def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -109,7 +138,9 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     output = empty_like_layout(a.query, a.value.size(3))
     lse = torch.empty(a.query.shape[:3], dtype=torch.float32, device=a.query.device)
     kernel = _module("attn_fwd").attention_forward
-    splits = _splits(launch)
+    tile = launch.tiles.forward
+    programs = a.query.shape[0] * a.query.shape[1] * -(-a.query.shape[2] // tile.queries)
+    splits = _splits(programs, -(-a.key.shape[2] // tile.keys))
     out, parts = output.unsqueeze(0), lse.unsqueeze(0)
     if splits > 1:
         out, parts = (torch.empty((splits, *t.shape), dtype=torch.float32, device=t.device) for t in (output, lse))
@@ -118,7 +149,8 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     steps = (out.stride(0), parts.stride(0))
     launch(
         kernel,
-        launch.query_programs,
+        tile,
+        programs,
         *(*tensors, parts, *launch.pointers, *_strides(*tensors), *steps),
         splits=splits,
     )
@@ -127,10 +159,10 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     return output, lse
 
 
-def _splits(launch: _Launch) -> int:
+def _splits(programs: int, key_tiles: int) -> int:
     """Into how many parts the keys of a tile of queries are cut: enough programs to fill a GPU, and no part too small.
     A fixed number of programs stands for the GPU, so that results do not depend on it."""
-    parts = min(_PROGRAMS // max(1, launch.query_programs), launch.key_tiles // _LEAST_TILES)
+    parts = min(_PROGRAMS // max(1, programs), key_tiles // _LEAST_TILES)
     return max(1, min(parts, _MOST_SPLITS))
 
 
@@ -165,15 +197,16 @@ def attention_backward(
     kernels = _module("attn_bwd")
     launch(
         kernels.attention_backward_queries,
-        launch.query_programs,
+        launch.tiles.by_queries,
+        a.query.shape[0] * a.query.shape[1] * -(-a.query.shape[2] // launch.tiles.by_queries.queries),
         *(*tensors, lse, delta, d_query, d_scores, *launch.pointers, *_strides(*tensors, d_query)),
         BIAS_GRAD=wants_bias,
     )
     launch(
         kernels.attention_backward_keys,
-        launch.key_programs,
+        launch.tiles.by_keys,
+        a.key.shape[0] * a.key.shape[1] * -(-a.key.shape[2] // launch.tiles.by_keys.keys),
         *(*tensors, lse, delta, d_key, d_value, *launch.pointers, *_strides(*tensors, d_key, d_value)),
-        **launch.keys_blocks,
     )
     if wants_bias and a.bias is not None:
         d_scores = d_scores.sum_to_size(a.bias.shape)

@@ -30,6 +30,7 @@ def machine() -> dict[str, Any]:
         "usable_isas": usable_isas(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "cuda_devices": cuda_devices(),
+        "why_no_direct_calls": _lib.direct_error,
         "cuda_part": cuda_part(),
         "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
     }

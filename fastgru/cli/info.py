@@ -78,6 +78,7 @@ def show(record: dict[str, Any]) -> None:
         ["CPU", machine["cpu"]],
         ["cores, threads", f"{machine['cores']} cores, torch uses {machine['threads']} thread(s)"],
         ["instruction set", _instruction_set(machine)],
+        ["small calls", _small_calls(machine["why_no_direct_calls"])],
         ["CUDA devices", ", ".join(machine["cuda_devices"]) or "none"],
         ["CUDA part", _cuda_part(machine["cuda_part"])],
         ["system", machine["system"]],
@@ -104,6 +105,10 @@ def _instruction_set(machine: dict[str, Any]) -> str:
     if machine["isa"] is None:
         return f"none in use; usable: {', '.join(machine['usable_isas']) or 'none, there are no compiled kernels'}"
     return f"{machine['isa']} in use; usable: {', '.join(machine['usable_isas'])}"
+
+
+def _small_calls(why_not: str | None) -> str:
+    return "without torch's dispatcher" if why_not is None else f"through torch's dispatcher: {why_not}"
 
 
 def _cuda_part(part: dict[str, Any] | None) -> str:

@@ -12,6 +12,7 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from fastgru import ops
+from fastgru.ops import direct
 from fastgru.ops.segments import Segments, batch_states, segment_states, segments
 
 # torch's own, whatever the names in torch.nn stand for later (see fastgru.patch).
@@ -201,6 +202,20 @@ class GRU(nn.RNNBase):
         """Run the sequence. See the class for shapes and errors."""
         if lengths is not None or reset_mask is not None:
             return self._forward_padded(input, hx, lengths, reset_mask)
+        if type(input) is Tensor and not (self.training and self.dropout) and not torch.compiler.is_compiling():
+            result = direct.gru(
+                self._parameters,
+                self._flat_weights_names,
+                input,
+                hx,
+                self.num_layers,
+                self.bidirectional,
+                self.bias,
+                self.batch_first,
+                self.save_gates,
+            )
+            if result is not None:
+                return result
         # All that is not a plain tensor, and first the Tensor subclasses that are none of these.
         if type(input) is not Tensor:
             if isinstance(input, PackedSequence):
@@ -359,6 +374,10 @@ class GRUCell(nn.GRUCell):
         """One step. See the class for shapes and errors."""
         if type(input) is not Tensor and isinstance(input, Proxy):
             return _fx_leaf(self, input, hx)
+        if hx is not None and not torch.compiler.is_compiling():
+            state = direct.gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+            if state is not None:
+                return state
         if input.dim() not in (1, 2):
             raise ValueError(f"GRUCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None and hx.dim() not in (1, 2):

@@ -119,7 +119,11 @@ def gru(
         elif compiling:
             x, h_n, _ = ops.train(*arguments)
         else:
-            function = EAGER_FUNCTIONS.get(backend.name, TrainFunction)
+            function = EAGER_FUNCTIONS.get(backend.name)
+            if function is None:
+                function = TrainFunction
+                if len(own) == 4 and batch_sizes is None:
+                    del arguments[6:]
             x, h_n = function.apply(ops, *arguments)
         states.append(h_n)
         if dropout > 0 and train and layer + 1 < num_layers:

@@ -11,12 +11,13 @@ traced, without it. The ``triton_*`` operators load Triton when they are first c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastgru import _lib
 from fastgru.backends import cuda, cudnn, reference, triton
 
 LIBRARY = torch.library.Library("fastgru", "DEF")
@@ -25,6 +26,10 @@ _LAYER = (
     "Tensor input, Tensor hx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
     "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, Tensor? batch_sizes"
 )
+
+
+# In the place of an operator's arguments that are left out.
+_NO_TENSORS = (None,) * 11
 
 
 class GruOps(NamedTuple):
@@ -95,6 +100,13 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
         return op(*arguments)
 
 
+def _may_be_direct(ops: GruOps, inputs: Sequence[Tensor | None]) -> bool:
+    """Whether these are the inputs of one dense layer in one direction on the backend ``cpu``."""
+    # Not in a frame that Dynamo traces, as it does those below a break of its graph.
+    plain = len(inputs) == 6 and ops is GRU_OPS["cpu"] and not torch.compiler.is_compiling()
+    return plain and _lib.direct is not None
+
+
 def _run_backward(
     ops: GruOps,
     need: tuple[bool, ...],
@@ -128,11 +140,16 @@ def _infer_backward(ops: GruOps) -> Callable[..., tuple[Tensor | None, ...]]:
 
 
 class TrainFunction(torch.autograd.Function):
-    """What the train operator's autograd does, at a third of its cost per call: for eager mode."""
+    """What the train operator's autograd does, at a third of its cost per call: for eager mode.
+
+    ``apply(ops, *inputs)``, where the last five inputs may be left out if all are None: then, if all is plain and the
+    backend is ``cpu``, it works without the dispatcher.
+    """
 
     @staticmethod
     def forward(ctx: Any, ops: GruOps, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        output, h_n, gates = call(ops.train, *inputs)
+        found = _lib.direct.train(*inputs) if _may_be_direct(ops, inputs) else None
+        output, h_n, gates = call(ops.train, *inputs, *_NO_TENSORS[len(inputs) :]) if found is None else found
         ctx.set_materialize_grads(False)
         ctx.ops = ops
         ctx.save_for_backward(*inputs, output, gates)
@@ -141,7 +158,14 @@ class TrainFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, output, gates = ctx.saved_tensors
-        return None, *_run_backward(ctx.ops, ctx.needs_input_grad[1:11], grads, tuple(inputs), output, gates)
+        _, *need = ctx.needs_input_grad
+        if _may_be_direct(ctx.ops, inputs) and not torch.is_grad_enabled():
+            found = _lib.direct.backward(*grads, *inputs, output, gates, need[0], any(need[2:]))
+            if found is not None:
+                return None, *found
+        rest = _NO_TENSORS[len(inputs) :]
+        found = _run_backward(ctx.ops, (*need, *(False for _ in rest)), grads, (*inputs, *rest), output, gates)
+        return None, *found[: len(inputs)]
 
 
 class KeptGraphFunction(torch.autograd.Function):

@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <random>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -131,7 +130,7 @@ struct Exchange {
     }
   }
 
-  std::mt19937_64 random;
+  emulation::Random random;
   GridFault fault;
   int lost;
   uint64_t delay, now = 0, idle = 0;

@@ -1,28 +1,15 @@
 // The kernels of csrc/cuda/gru_grid.cuh and gru_rows.cuh on the CPU, for Python: arrays in, arrays filled.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <map>
-#include <optional>
-#include <string>
-#include <vector>
-
+#include "arrays.h"
 #include "cuda/gru_grid.cuh"
 #include "cuda/gru_rows.cuh"
 
 namespace py = pybind11;
 using namespace fastgru::cuda;
+using emulation::Array;
+using emulation::Memory;
+using emulation::precision_of;
 
 namespace {
-
-using Array = std::optional<py::array>;
-
-Precision precision_of(const std::string& name) {
-  const std::map<std::string, Precision> all = {
-      {"bf16", Precision::bf16}, {"f16", Precision::f16}, {"tf32", Precision::tf32}};
-  return all.at(name);
-}
 
 GridFault fault_of(const std::string& name) {
   const std::map<std::string, GridFault> all = {
@@ -37,23 +24,6 @@ GridFault fault_of(const std::string& name) {
   };
   return all.at(name);
 }
-
-// The arrays of a call: what the kernel may touch.
-class Memory {
- public:
-  const void* add(const Array& array) { return pointer(array, false); }
-  void* add_output(const Array& array) { return pointer(array, true); }
-  std::vector<emulation::Region> regions;
-
- private:
-  void* pointer(const Array& array, bool written) {
-    if (!array) return nullptr;
-    if (!(array->flags() & py::array::c_style)) throw std::invalid_argument("arrays must be contiguous");
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(array->data());
-    regions.push_back({begin, begin + size_t(array->nbytes()), written});
-    return const_cast<void*>(array->data());
-  }
-};
 
 struct Run {
   uint64_t seed;
@@ -87,28 +57,15 @@ void launch(Precision precision, int H, int B, int D, int column_tiles, bool eac
       });
     }
   };
-  const auto with_tiles = [&](auto p) {
-    if (column_tiles == 1)
-      with_both(p, std::integral_constant<int, 1>());
-    else
-      with_both(p, std::integral_constant<int, 2>());
-  };
-  if (precision == Precision::bf16) with_tiles(std::integral_constant<Precision, Precision::bf16>());
-  if (precision == Precision::f16) with_tiles(std::integral_constant<Precision, Precision::f16>());
-  if (precision == Precision::tf32) with_tiles(std::integral_constant<Precision, Precision::tf32>());
+  emulation::with_constants(precision, column_tiles, with_both);
 }
 
 void forward(const std::string& precision, int T, const Array& i, const Array& w_hh, const Array& b_ih,
              const Array& b_hh, const py::array& hx, const Array& rows, const py::array& output, const Array& h_n,
              const Array& gates, int column_tiles, bool each_direction, uint64_t seed, const std::string& fault) {
   Memory memory;
-  GruForwardLoop loop{};
-  loop.precision = precision_of(precision);
-  loop.T = T, loop.B = int(hx.shape(1)), loop.H = int(hx.shape(2)), loop.D = int(hx.shape(0));
-  loop.N = int(output.shape(0));
-  loop.i = memory.add(i), loop.w_hh = memory.add(w_hh), loop.b_ih = memory.add(b_ih), loop.b_hh = memory.add(b_hh);
-  loop.hx = memory.add(hx), loop.rows = static_cast<const int32_t*>(memory.add(rows));
-  loop.output = memory.add_output(output), loop.h_n = memory.add_output(h_n), loop.gates = memory.add_output(gates);
+  const GruForwardLoop loop =
+      emulation::forward_loop(memory, precision, T, i, w_hh, b_ih, b_hh, hx, rows, output, h_n, gates);
   launch<3>(loop.precision, loop.H, loop.B, loop.D, column_tiles, each_direction, {seed, fault}, memory,
             [&](auto p, auto tiles, const GridShape& shape, int first, uint32_t* exchange) {
               gru_grid_forward_block<decltype(p)::value, decltype(tiles)::value>(loop, shape, first, exchange);
@@ -116,18 +73,12 @@ void forward(const std::string& precision, int T, const Array& i, const Array& w
 }
 
 void backward(const std::string& precision, int T, const Array& grad_output, const Array& grad_h_n, const Array& w_hh,
-              const Array& previous, const Array& gates, const Array& rows, const Array& grad_gates,
+              const py::array& previous, const Array& gates, const Array& rows, const Array& grad_gates,
               const py::array& grad_hx, int column_tiles, bool each_direction, uint64_t seed,
               const std::string& fault) {
   Memory memory;
-  GruBackwardLoop loop{};
-  loop.precision = precision_of(precision);
-  loop.T = T, loop.B = int(grad_hx.shape(1)), loop.H = int(grad_hx.shape(2)), loop.D = int(grad_hx.shape(0));
-  loop.N = int(previous->shape(0));
-  loop.grad_output = memory.add(grad_output), loop.grad_h_n = memory.add(grad_h_n), loop.w_hh = memory.add(w_hh);
-  loop.previous = memory.add(previous), loop.gates = memory.add(gates);
-  loop.rows = static_cast<const int32_t*>(memory.add(rows));
-  loop.grad_gates = memory.add_output(grad_gates), loop.grad_hx = memory.add_output(grad_hx);
+  const GruBackwardLoop loop = emulation::backward_loop(memory, precision, T, grad_output, grad_h_n, w_hh, previous,
+                                                        gates, rows, grad_gates, grad_hx);
   launch<1>(loop.precision, loop.H, loop.B, loop.D, column_tiles, each_direction, {seed, fault}, memory,
             [&](auto p, auto tiles, const GridShape& shape, int first, uint32_t* exchange) {
               gru_grid_backward_block<decltype(p)::value, decltype(tiles)::value>(loop, shape, first, exchange);
@@ -178,10 +129,7 @@ void gates_of_rows(const std::string& precision, const py::array& i, const py::a
                                           static_cast<Stored*>(to));
     });
   };
-  const Precision p = precision_of(precision);
-  if (p == Precision::bf16) run(std::integral_constant<Precision, Precision::bf16>());
-  if (p == Precision::f16) run(std::integral_constant<Precision, Precision::f16>());
-  if (p == Precision::tf32) run(std::integral_constant<Precision, Precision::tf32>());
+  emulation::with_precision(precision_of(precision), run);
 }
 
 int shared_bytes(const std::string& direction, const std::string& precision, int H, int B, int column_tiles) {

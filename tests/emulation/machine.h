@@ -10,6 +10,7 @@
 // are checked; the rounding of the GPU's own instructions.
 #pragma once
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -18,7 +19,6 @@
 #include <cstring>
 #include <functional>
 #include <map>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -40,6 +40,21 @@ enum class Fault {
 struct Region {
   uintptr_t begin, end;
   bool writable;
+};
+
+// splitmix64: a number in a few instructions, where one is drawn for every word that is looked for.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  uint64_t operator()() {
+    uint64_t x = state_ += 0x9e3779b97f4a7c15;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+    return x ^ (x >> 31);
+  }
+
+ private:
+  uint64_t state_;
 };
 
 struct Options {
@@ -253,8 +268,11 @@ class Machine {
     char* memory;
   };
 
+  // The context is where it begins; from then on jumps lead to it and away, which ask nothing of the system.
   struct Fiber {
     ucontext_t context;
+    jmp_buf place;
+    bool begun = false;
     int block, thread;
     const char* waits_for = nullptr;
   };
@@ -318,8 +336,7 @@ class Machine {
     } catch (const std::exception& error) {
       machine.error_ = error.what();
     }
-    // Never comes back.
-    swapcontext(&machine.fibers_[self].context, &machine.scheduler_);
+    _longjmp(machine.scheduler_, 1);
   }
 
   void schedule() {
@@ -331,7 +348,7 @@ class Machine {
         error_ = deadlock();
       } else {
         running_ = choose();
-        swapcontext(&scheduler_, &fibers_[running_].context);
+        resume(fibers_[running_]);
       }
     }
     while (error_.empty() && !messages_.empty()) deliver_one();
@@ -451,7 +468,16 @@ class Machine {
     leave();
   }
 
-  void leave() { swapcontext(&fibers_[running_].context, &scheduler_); }
+  __attribute__((noinline)) void resume(Fiber& fiber) {
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
+  }
+
+  __attribute__((noinline)) void leave() {
+    if (_setjmp(fibers_[running_].place) == 0) _longjmp(scheduler_, 1);
+  }
 
   Barrier& barrier_at(int block, uint32_t offset) {
     const auto found = blocks_[block].barriers.find(offset);
@@ -478,14 +504,14 @@ class Machine {
   const Grid grid_;
   const Options options_;
   const std::vector<Region> memory_;
-  std::mt19937_64 random_;
+  Random random_;
   double eagerness_;  // chance that a message moves on before the next thread does
   int candidates_;
   int victim_;
   int lost_;
 
   const std::function<void()>* body_ = nullptr;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   std::vector<Fiber> fibers_;
   std::vector<Block> blocks_;
   std::vector<Clock> clocks_;  // of the warps

@@ -1,13 +1,18 @@
 // A team of workers that walks through the same list of stages together.
 //
 // A stage is a number of independent items; the next stage starts when all of them are done. Items are claimed, not
-// assigned: a worker takes its own share first (so that it finds in its cache what it used in the last stage) and then
-// what is left of the shares of others. Nobody ever waits for a worker that is not running, only for items that a
-// worker has begun. So nothing is assumed of how many of the workers really run, and when: one after the other
-// (a nested parallel region), late (a sleeping pool), or with a core taken away in the middle.
+// assigned: a worker takes its own share first (so that it finds in its cache what it used in the last stage) and then,
+// if the others have not finished within a moment, what is left of their shares. Nobody ever waits for a worker that is
+// not running, only for items that a worker has begun. So nothing is assumed of how many of the workers really run, and
+// when: one after the other (a nested parallel region), late (a sleeping pool), or with a core taken away in the
+// middle.
 //
-// Memory order: an item's writes are published by the release on `done` and seen through the acquire of whoever
-// enters the next stage.
+// What a stage costs is cache lines that change hands. While all keep pace that is one for every other worker, its
+// count of finished items: a claim is looked at by none but its owner before the moment is over.
+//
+// Memory order: an item's writes are published by the release on the count of whoever ran it, and seen through the
+// acquire of whoever enters the next stage. Counts only grow, and no item of a stage begins before the last of the
+// stage before it is counted: a sum of counts that reaches a stage's target, read one after the other, is no guess.
 #pragma once
 
 #include <sched.h>
@@ -24,18 +29,20 @@ constexpr int kMaxWorkers = 256;
 class Team {
  public:
   explicit Team(int workers) : workers_(workers) {
-    for (int i = 0; i < workers; ++i) claims_[i].word.store(0, std::memory_order_relaxed);
+    for (int i = 0; i < workers; ++i) {
+      members_[i].claim.store(0, std::memory_order_relaxed);
+      members_[i].finished.store(0, std::memory_order_relaxed);
+    }
   }
 
  private:
   friend class Worker;
-  // One cache line each: high half the stage, low half the next item of this worker's share.
-  struct alignas(64) Claim {
-    std::atomic<uint64_t> word;
+  struct Member {
+    alignas(64) std::atomic<uint64_t> claim;    // high half the stage, low half the next item of this worker's share
+    alignas(64) std::atomic<int64_t> finished;  // items that it has run, of any share
   };
   int workers_;
-  alignas(64) std::atomic<int64_t> done_{0};
-  Claim claims_[kMaxWorkers];
+  Member members_[kMaxWorkers];
 };
 
 class Worker {
@@ -57,41 +64,65 @@ class Worker {
     }
     ++stage_;
     target_ += items;
-    int64_t mine = 0;
-    for (int v = 0; v < team_.workers_; ++v) {
-      const int owner = (index_ + v) % team_.workers_;
-      const int64_t lo = owner * items / team_.workers_, hi = (owner + 1) * items / team_.workers_;
-      std::atomic<uint64_t>& word = team_.claims_[owner].word;
-      uint64_t seen = word.load(std::memory_order_relaxed);
-      for (;;) {
-        const uint64_t stage = seen >> 32;
-        if (stage > stage_) return;  // the others finished this stage without us and went on
-        const int64_t next = stage == stage_ ? int64_t(seen & 0xffffffffu) : 0;
-        if (next >= hi - lo) break;
-        if (!word.compare_exchange_weak(seen, (stage_ << 32) | uint64_t(next + 1), std::memory_order_acq_rel,
-                                        std::memory_order_relaxed))
-          continue;
-        item(reversed ? hi - 1 - next : lo + next);
-        ++mine;
-        seen = word.load(std::memory_order_relaxed);
-      }
+    if (!run_share(index_, items, reversed, item)) return;
+    for (int spin = 0; spin < kMoment; ++spin) {
+      if (all_finished()) return;
+      relax();
     }
-    if (mine) team_.done_.fetch_add(mine, std::memory_order_acq_rel);
+    for (int v = 1; v < team_.workers_; ++v)
+      if (!run_share((index_ + v) % team_.workers_, items, reversed, item)) return;
     wait();
   }
 
  private:
+  static constexpr int kMoment = 16, kSpins = 1000;
+
+  // Runs what is left of a share. False if the others have gone on to a later stage.
+  template <class Item>
+  bool run_share(int owner, int64_t items, bool reversed, Item&& item) {
+    const int64_t lo = owner * items / team_.workers_, hi = (owner + 1) * items / team_.workers_;
+    std::atomic<uint64_t>& claim = team_.members_[owner].claim;
+    int64_t ran = 0;
+    uint64_t seen = claim.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t stage = seen >> 32;
+      if (stage > stage_) return false;
+      const int64_t next = stage == stage_ ? int64_t(seen & 0xffffffffu) : 0;
+      if (next >= hi - lo) break;
+      if (!claim.compare_exchange_weak(seen, (stage_ << 32) | uint64_t(next + 1), std::memory_order_acq_rel,
+                                       std::memory_order_relaxed))
+        continue;
+      item(reversed ? hi - 1 - next : lo + next);
+      ++ran;
+      seen = claim.load(std::memory_order_relaxed);
+    }
+    if (ran) {
+      std::atomic<int64_t>& finished = team_.members_[index_].finished;
+      finished.store(finished.load(std::memory_order_relaxed) + ran, std::memory_order_release);
+    }
+    return true;
+  }
+
+  bool all_finished() const {
+    int64_t sum = 0;
+    for (int v = 0; v < team_.workers_; ++v) sum += team_.members_[v].finished.load(std::memory_order_acquire);
+    return sum >= target_;
+  }
+
+  static void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
   // Spins for some ten microseconds, then gives the core away: whoever is being waited for may need it.
   void wait() {
-    const auto done = [&] { return team_.done_.load(std::memory_order_acquire) >= target_; };
-    for (int spin = 0; spin < 1000; ++spin) {
-      if (done()) return;
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
+    for (int spin = 0; spin < kSpins; ++spin) {
+      if (all_finished()) return;
+      relax();
     }
     const int64_t begin = now_ns();
-    while (!done()) sched_yield();
+    while (!all_finished()) sched_yield();
     waited_ns_ += now_ns() - begin;
   }
 

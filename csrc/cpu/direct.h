@@ -1,0 +1,19 @@
+// What the Python module of csrc/python calls in the library of the operators: the engine, on plain memory. No torch
+// header is needed to include this.
+#pragma once
+
+#include "kernels/gru_kernels.h"
+
+namespace fastgru {
+
+// False: an exception ended the call, and nothing of what it wrote counts.
+struct DirectCalls {
+  // A null h0 stands for zeros; where h_n is null it is not wanted.
+  bool (*gru_forward)(const GruForward&, DType);
+  bool (*gru_backward)(const GruBackward&, DType);
+};
+
+}  // namespace fastgru
+
+// The one symbol that the library exports beside what torch registers.
+extern "C" __attribute__((visibility("default"))) const fastgru::DirectCalls* fastgru_direct_calls();

@@ -1,0 +1,152 @@
+// What a thread does for its pair, two hidden units of one row of the batch, in the kernels that keep W_hh on chip: it
+// loads what a step needs of them, computes the gates or their gradients, and stores them. `unit` are the two; the
+// second, or both, may lie beyond H, where nothing is loaded and nothing stored.
+#pragma once
+
+#include "gru_operands.cuh"
+
+namespace fastgru {
+namespace cuda {
+
+template <Precision P>
+FASTGRU_DEVICE void store_pair(const int (&unit)[2], typename Numbers<P>::Stored* to, int end, float low, float high) {
+  typename Numbers<P>::Stored values[2];
+  Numbers<P>::to_stored(low, high, values);
+  if (unit[0] < end) store_global(to + unit[0], values[0]);
+  if (unit[1] < end) store_global(to + unit[1], values[1]);
+}
+
+// --- Forwards
+
+// Bias of r, z, n or g_n, by `kind`, those of r and z summed, as it is kept in shared memory: registers are for
+// weights.
+template <Precision P>
+FASTGRU_DEVICE void load_bias(const GruForwardLoop& loop, int direction, const int (&unit)[2], int kind,
+                              uint32_t (&words)[2]) {
+  using Stored = typename Numbers<P>::Stored;
+  const auto bias_of = [&](const void* biases, int gate, int unit) {
+    const auto from = static_cast<const Stored*>(biases) + (direction * 3 + gate) * loop.H + unit;
+    return biases != nullptr && unit < loop.H ? Numbers<P>::widen(load_constant(from)) : 0.0f;
+  };
+  for (int i = 0; i < 2; ++i) {
+    const float of_i = kind < 3 ? bias_of(loop.b_ih, kind, unit[i]) : 0.0f;
+    const float of_g = kind != 2 ? bias_of(loop.b_hh, kind < 3 ? kind : 2, unit[i]) : 0.0f;
+    words[i] = bits_of(of_i + of_g);
+  }
+}
+
+template <Precision P>
+FASTGRU_DEVICE void load_projection(const GruForwardLoop& loop, int direction, const int (&unit)[2], int64_t row,
+                                    bool active, typename Numbers<P>::Stored (&i_gates)[3][2]) {
+  using Stored = typename Numbers<P>::Stored;
+  const auto from = static_cast<const Stored*>(loop.i) + (row * loop.D + direction) * 3 * loop.H;
+#pragma unroll
+  for (int gate = 0; gate < 3; ++gate)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      i_gates[gate][i] = active && unit[i] < loop.H ? load_constant(from + gate * loop.H + unit[i]) : Stored(0);
+}
+
+struct Gates {
+  float r[2], z[2], n[2], g_n[2];
+};
+
+// The gates of a step and, where the row is active, its new state. `bias_offset(kind)` is where its biases lie.
+template <Precision P, typename Offset>
+FASTGRU_DEVICE Gates compute_gates(const typename Numbers<P>::Stored (&i_gates)[3][2], const float (&g)[3][2],
+                                   Offset bias_offset, bool active, float (&h)[2]) {
+  using Num = Numbers<P>;
+  float bias[4][2];
+#pragma unroll
+  for (int kind = 0; kind < 4; ++kind) {
+    uint32_t words[2];
+    load_shared(bias_offset(kind), words);
+    bias[kind][0] = float_of(words[0]), bias[kind][1] = float_of(words[1]);
+  }
+  Gates a;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    a.g_n[i] = g[2][i] + bias[3][i];
+    a.r[i] = sigmoid(Num::widen(i_gates[0][i]) + bias[0][i] + g[0][i]);
+    a.z[i] = sigmoid(Num::widen(i_gates[1][i]) + bias[1][i] + g[1][i]);
+    a.n[i] = tanh(Num::widen(i_gates[2][i]) + bias[2][i] + a.r[i] * a.g_n[i]);
+    // A row that has not begun or has ended keeps its state.
+    if (active) h[i] = a.n[i] + a.z[i] * (h[i] - a.n[i]);
+  }
+  return a;
+}
+
+// The state of an active row, and the gates where they are wanted.
+template <Precision P>
+FASTGRU_DEVICE void store_state(const GruForwardLoop& loop, int direction, const int (&unit)[2], int row, int stride,
+                                const float (&h)[2], const Gates& a) {
+  using Stored = typename Numbers<P>::Stored;
+  store_pair<P>(unit, static_cast<Stored*>(loop.output) + (int64_t(row) * loop.D + direction) * loop.H, loop.H, h[0],
+                h[1]);
+  if (loop.gates == nullptr) return;
+  const auto gates = static_cast<Stored*>(loop.gates) + (int64_t(direction) * loop.N + row) * 4 * stride;
+  store_pair<P>(unit, gates, stride, a.r[0], a.r[1]);
+  store_pair<P>(unit, gates + stride, stride, a.z[0], a.z[1]);
+  store_pair<P>(unit, gates + 2 * stride, stride, a.n[0], a.n[1]);
+  store_pair<P>(unit, gates + 3 * stride, stride, a.g_n[0], a.g_n[1]);
+}
+
+// --- Backwards
+
+// What forward left of a step.
+template <Precision P>
+struct Saved {
+  typename Numbers<P>::Stored grad_output[2], previous[2], gates[4][2];  // r, z, n, g_n
+};
+
+template <Precision P>
+FASTGRU_DEVICE void load_saved(const GruBackwardLoop& loop, int direction, const int (&unit)[2], int64_t row,
+                               bool active, int stride, Saved<P>& saved) {
+  using Stored = typename Numbers<P>::Stored;
+  const int64_t at = (row * loop.D + direction) * loop.H;
+  const auto grad = static_cast<const Stored*>(loop.grad_output) + at;
+  const auto previous = static_cast<const Stored*>(loop.previous) + at;
+  const auto gates = static_cast<const Stored*>(loop.gates) + (int64_t(direction) * loop.N + row) * 4 * stride;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const bool there = active && unit[i] < loop.H;
+    saved.grad_output[i] = there && loop.grad_output != nullptr ? load_constant(grad + unit[i]) : Stored(0);
+    saved.previous[i] = there ? load_constant(previous + unit[i]) : Stored(0);
+#pragma unroll
+    for (int kind = 0; kind < 4; ++kind)
+      saved.gates[kind][i] = there ? load_constant(gates + kind * stride + unit[i]) : Stored(0);
+  }
+}
+
+// d_r, d_z, d_n and d_g of a step, and what of the gradient goes past them to the step before. That of a row that has
+// ended passes; its others mean nothing.
+template <Precision P>
+FASTGRU_DEVICE void compute_gradients(const Saved<P>& saved, bool active, float (&carry)[2], float (&d)[4][2]) {
+  using Num = Numbers<P>;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float r = Num::widen(saved.gates[0][i]), z = Num::widen(saved.gates[1][i]);
+    const float n = Num::widen(saved.gates[2][i]), g_n = Num::widen(saved.gates[3][i]);
+    const float total = carry[i] + Num::widen(saved.grad_output[i]);
+    d[2][i] = total * (1 - z) * (1 - n * n);
+    d[1][i] = total * (Num::widen(saved.previous[i]) - n) * z * (1 - z);
+    d[0][i] = d[2][i] * g_n * r * (1 - r);
+    d[3][i] = d[2][i] * r;
+    if (active) carry[i] = total * z;
+  }
+}
+
+// Those of an active row.
+template <Precision P>
+FASTGRU_DEVICE void store_gradients(const GruBackwardLoop& loop, int direction, const int (&unit)[2], int row,
+                                    const float (&d)[4][2]) {
+  using Stored = typename Numbers<P>::Stored;
+  const auto to = static_cast<Stored*>(loop.grad_gates) + int64_t(row) * 4 * loop.D * loop.H;
+#pragma unroll
+  for (int kind = 0; kind < 4; ++kind)
+    store_pair<P>(unit, to + (kind < 3 ? direction * 3 + kind : 3 * loop.D + direction) * loop.H, loop.H, d[kind][0],
+                  d[kind][1]);
+}
+
+}  // namespace cuda
+}  // namespace fastgru

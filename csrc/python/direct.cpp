@@ -1,0 +1,443 @@
+// fastgru._direct: small GRU calls without torch's dispatcher, whose way from Python to a kernel and back takes longer
+// than a step of a small GRU.
+//
+// Every function takes the tensors as they are, and answers None where anything is not plain: a tensor that is not a
+// dense one on the CPU, of another dtype, size or type than expected, or a mode of torch that wants to see operators.
+// The caller then takes the way through the operators, whose checks have the words for what is wrong.
+//
+// Tensors are read through DLPack's exchange table, which torch has had since 2.10, and made by torch's own functions.
+// Of Python, only the limited API of 3.10: one file for every later version (but not for builds without the GIL, which
+// do not find it and take the operators).
+#if Py_LIMITED_API != 0x030a0000
+#error "compile with -DPy_LIMITED_API=0x030a0000"
+#endif
+
+#include "cpu/direct.h"
+
+#include <ATen/dlpack.h>
+#include <Python.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+namespace {
+
+using namespace fastgru;
+
+const DLPackExchangeAPI* exchange = nullptr;
+const DirectCalls* calls = nullptr;
+
+// What `setup` is given, for as long as the process runs.
+PyTypeObject* tensor_type = nullptr;
+PyTypeObject* parameter_type = nullptr;
+PyObject* empty_like = nullptr;
+PyObject* is_grad_enabled = nullptr;
+PyObject* modes = nullptr;  // a tuple of functions, of which each is false in plain eager mode
+Py_ssize_t mode_count = 0;
+
+PyObject* name_as_strided = nullptr;
+PyObject* name_contiguous = nullptr;
+PyObject* name_is_neg = nullptr;
+PyObject* name_new_empty = nullptr;
+PyObject* name_requires_grad = nullptr;
+
+// A reference that is given back.
+class Owned {
+ public:
+  explicit Owned(PyObject* object = nullptr) : object_(object) {}
+  Owned(Owned&& other) noexcept : object_(other.release()) {}
+  Owned& operator=(Owned&& other) noexcept {
+    PyObject* old = object_;
+    object_ = other.release();
+    Py_XDECREF(old);
+    return *this;
+  }
+  ~Owned() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  PyObject* release() {
+    PyObject* object = object_;
+    object_ = nullptr;
+    return object;
+  }
+  explicit operator bool() const { return object_ != nullptr; }
+
+ private:
+  PyObject* object_;
+};
+
+Owned borrow(PyObject* object) {
+  Py_INCREF(object);
+  return Owned(object);
+}
+
+// The answer where the operators have to do it.
+PyObject* not_plain() {
+  PyErr_Clear();
+  Py_RETURN_NONE;
+}
+
+bool truth(PyObject* result) {
+  const Owned owned(result);
+  return !owned || PyObject_IsTrue(owned.get()) != 0;  // an error counts as true
+}
+
+bool any_mode() {
+  for (Py_ssize_t i = 0; i < mode_count; ++i)
+    if (truth(PyObject_CallNoArgs(PyTuple_GetItem(modes, i)))) return true;
+  return false;
+}
+
+struct View {
+  DLTensor t;
+
+  // False where the object is not a strided tensor on the CPU whose memory holds its elements as they are.
+  bool read(PyObject* object) {
+    PyTypeObject* type = Py_TYPE(object);
+    if (type != tensor_type && type != parameter_type) return false;
+    if (exchange->dltensor_from_py_object_no_sync(object, &t) != 0) return false;
+    if (t.device.device_type != kDLCPU || t.data == nullptr) return false;
+    return !truth(PyObject_CallMethodObjArgs(object, name_is_neg, nullptr));
+  }
+  int64_t size(int dim) const { return t.shape[dim]; }
+  int64_t stride(int dim) const { return t.strides[dim]; }
+  void* data() const { return static_cast<char*>(t.data) + t.byte_offset; }
+  int64_t bytes() const { return t.dtype.bits / 8; }
+
+  bool is(const DLDataType& other) const { return t.dtype.code == other.code && t.dtype.bits == other.bits; }
+  bool dense() const {
+    int64_t elements = 1;
+    for (int i = t.ndim; i-- > 0; elements *= t.shape[i])
+      if (t.shape[i] != 1 && t.strides[i] != elements) return false;
+    return true;
+  }
+  bool has(std::initializer_list<int64_t> sizes) const {
+    if (t.ndim != int(sizes.size())) return false;
+    int dim = 0;
+    for (const int64_t size : sizes)
+      if (t.shape[dim++] != size) return false;
+    return true;
+  }
+};
+
+bool find_dtype(const DLDataType& t, DType* found) {
+  if (t.lanes != 1) return false;
+  if (t.code == kDLFloat && (t.bits == 16 || t.bits == 32 || t.bits == 64))
+    *found = t.bits == 16 ? DType::f16 : t.bits == 32 ? DType::f32 : DType::f64;
+  else if (t.code == kDLBfloat && t.bits == 16)
+    *found = DType::bf16;
+  else
+    return false;
+  return true;
+}
+
+bool requires_grad(PyObject* tensor) { return truth(PyObject_GetAttr(tensor, name_requires_grad)); }
+
+Owned like(PyObject* tensor) { return Owned(PyObject_CallFunctionObjArgs(empty_like, tensor, nullptr)); }
+
+Owned make_tuple(std::initializer_list<int64_t> numbers) {
+  Owned tuple(PyTuple_New(Py_ssize_t(numbers.size())));
+  Py_ssize_t at = 0;
+  for (const int64_t number : numbers) {
+    PyObject* object = tuple ? PyLong_FromLongLong(number) : nullptr;
+    if (!object) return Owned();
+    PyTuple_SetItem(tuple.get(), at++, object);
+  }
+  return tuple;
+}
+
+Owned make(PyObject* prototype, std::initializer_list<int64_t> sizes) {
+  const Owned shape = make_tuple(sizes);
+  return Owned(shape ? PyObject_CallMethodObjArgs(prototype, name_new_empty, shape.get(), nullptr) : nullptr);
+}
+
+// Of a fresh tensor, or null.
+void* data_of(const Owned& tensor) {
+  View view;
+  return tensor && exchange->dltensor_from_py_object_no_sync(tensor.get(), &view.t) == 0 ? view.data() : nullptr;
+}
+
+int64_t padded(int64_t hidden) { return (hidden + kSavedAlign - 1) / kSavedAlign * kSavedAlign; }
+
+// The problem of one layer: what the operators check with words.
+struct Layer {
+  GruShape s{};
+  DType dtype{};
+  View input;
+
+  // `weights`: for each direction w_ih, w_hh, b_ih, b_hh; null in the place of a bias that is not there. The input is
+  // [T, B, I], where `time` and `batch` are 0 and 1 or the other way round, or [B, I] of one step: `time` is -1.
+  bool read(PyObject* input_object, int time, int batch, PyObject* const* weights, int directions) {
+    const int last = time < 0 ? 1 : 2;
+    if (!input.read(input_object) || input.t.ndim != last + 1 || !find_dtype(input.t.dtype, &dtype)) return false;
+    s.D = directions;
+    s.T = time < 0 ? 1 : input.size(time);
+    s.B = input.size(batch);
+    s.I = input.size(last);
+    s.N = s.T * s.B;
+    if (s.N == 0 || s.I == 0 || (s.I > 1 && input.stride(last) != 1)) return false;
+    s.x = input.data();
+    s.x_stride_t = time < 0 ? 0 : input.stride(time);
+    s.x_stride_b = input.stride(batch);
+    View w_hh;
+    if (!weights[1] || !w_hh.read(weights[1]) || w_hh.t.ndim != 2) return false;
+    s.H = w_hh.size(1);
+    for (int d = 0; d < directions; ++d) {
+      PyObject* const* own = weights + 4 * d;
+      if (!weight(own[0], {3 * s.H, s.I}, &s.w[d].w_ih) || !weight(own[1], {3 * s.H, s.H}, &s.w[d].w_hh)) return false;
+      if (!weight(own[2], {3 * s.H}, &s.w[d].b_ih) || !weight(own[3], {3 * s.H}, &s.w[d].b_hh)) return false;
+    }
+    return true;
+  }
+
+  bool weight(PyObject* object, std::initializer_list<int64_t> sizes, const void** found) const {
+    *found = nullptr;
+    View view;
+    if (!object) return sizes.size() == 1;
+    if (!view.read(object) || !view.is(input.t.dtype) || !view.has(sizes) || !view.dense()) return false;
+    *found = view.data();
+    return true;
+  }
+
+  // A dense tensor of the layer's dtype; where it is not dense, `copy` keeps one that is.
+  bool operand(PyObject* object, std::initializer_list<int64_t> sizes, Owned* copy, const void** found) const {
+    View view;
+    if (!view.read(object) || !view.is(input.t.dtype) || !view.has(sizes)) return false;
+    if (!view.dense()) {
+      *copy = Owned(PyObject_CallMethodObjArgs(object, name_contiguous, nullptr));
+      if (!*copy || !view.read(copy->get())) return false;
+    }
+    *found = view.data();
+    return true;
+  }
+};
+
+template <class Problem>
+bool run(bool (*call)(const Problem&, DType), const Problem& problem, DType dtype) {
+  PyThreadState* state = PyEval_SaveThread();
+  const bool done = call(problem, dtype);
+  PyEval_RestoreThread(state);
+  return done;
+}
+
+bool takes(Py_ssize_t count, Py_ssize_t expected) {
+  if (count == expected) return true;
+  PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, count);
+  return false;
+}
+
+// infer(parameters, names, input, hx, num_layers, bidirectional, bias, batch_first): the layers of a module whose
+// weights are in the dict `parameters` under `names`, in nn.GRU's order; hx a tensor or None.
+// Returns (output, h_n), or True if all is plain but there is a gradient to record.
+PyObject* infer(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!takes(count, 8)) return nullptr;
+  PyObject *parameters = args[0], *names = args[1], *input = args[2], *hx = args[3];
+  const Py_ssize_t layers = PyLong_AsSsize_t(args[4]);
+  const int directions = args[5] == Py_True ? 2 : 1;
+  const bool bias = args[6] == Py_True, batch_first = args[7] == Py_True;
+  const Py_ssize_t own = bias ? 4 : 2;
+  if (any_mode() || PyErr_Occurred() || layers < 1 || PyList_Size(names) != layers * directions * own)
+    return not_plain();
+
+  const bool grad = truth(PyObject_CallNoArgs(is_grad_enabled));
+  bool record = grad && (requires_grad(input) || (hx != Py_None && requires_grad(hx)));
+  Owned x = borrow(input), h_n;
+  const char* h0 = nullptr;
+  char* last = nullptr;
+  for (Py_ssize_t layer = 0; layer < layers; ++layer) {
+    PyObject* weights[8] = {};
+    for (Py_ssize_t i = 0; i < directions * own; ++i) {
+      PyObject* weight = PyDict_GetItem(parameters, PyList_GetItem(names, layer * directions * own + i));
+      if (!weight) return not_plain();
+      weights[i / own * 4 + i % own] = weight;
+      record = record || (grad && requires_grad(weight));
+    }
+    Layer problem;
+    const int time = batch_first && layer == 0 ? 1 : 0;
+    if (!problem.read(x.get(), time, 1 - time, weights, directions)) return not_plain();
+    const GruShape& s = problem.s;
+    const int64_t states = int64_t(layers) * directions, state_bytes = directions * s.B * s.H * problem.input.bytes();
+    if (layer == 0) {
+      if (hx != Py_None) {
+        View view;
+        if (!view.read(hx) || !view.is(problem.input.t.dtype) || !view.dense()) return not_plain();
+        if (!view.has({states, s.B, s.H})) return not_plain();
+        h0 = static_cast<const char*>(view.data());
+      }
+      if (record) return layers == 1 ? borrow(Py_True).release() : not_plain();
+      h_n = hx != Py_None ? like(hx) : make(input, {states, s.B, s.H});
+      if (!(last = static_cast<char*>(data_of(h_n)))) return not_plain();
+    } else if (record) {
+      return not_plain();
+    }
+    const bool as_state = s.T == 1 && states == 1;
+    Owned output = as_state ? like(h_n.get()) : make(input, {s.T, s.B, directions * s.H});
+    void* y = data_of(output);
+    if (!y) return not_plain();
+    GruForward forward{s, y, last + layer * state_bytes, nullptr};
+    forward.s.h0 = h0 ? h0 + layer * state_bytes : nullptr;
+    if (!run(calls->gru_forward, forward, problem.dtype)) return not_plain();
+    x = static_cast<Owned&&>(output);
+  }
+  return PyTuple_Pack(2, x.get(), h_n.get());
+}
+
+// cell(input, hx, w_ih, w_hh, b_ih, b_hh): one step, input [B, I], hx [B, H]; None in the place of a bias that is not
+// there. Returns the new state.
+PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!takes(count, 6)) return nullptr;
+  if (any_mode()) return not_plain();
+  PyObject* weights[4];
+  for (int i = 0; i < 4; ++i) weights[i] = args[2 + i] == Py_None ? nullptr : args[2 + i];
+  Layer problem;
+  View hx;
+  if (!problem.read(args[0], -1, 0, weights, 1) || !hx.read(args[1])) return not_plain();
+  const GruShape& s = problem.s;
+  if (!hx.is(problem.input.t.dtype) || !hx.dense() || !hx.has({s.B, s.H})) return not_plain();
+  if (truth(PyObject_CallNoArgs(is_grad_enabled)))
+    for (int i = 0; i < 6; ++i)
+      if (args[i] != Py_None && requires_grad(args[i])) return not_plain();
+  Owned state = like(args[1]);
+  GruForward forward{s, data_of(state), nullptr, nullptr};
+  forward.s.h0 = hx.data();
+  if (!forward.y || !run(calls->gru_forward, forward, problem.dtype)) return not_plain();
+  return state.release();
+}
+
+constexpr int kLayerTensors = 6;  // input, hx, w_ih, w_hh, b_ih, b_hh
+
+// One layer in one direction, [T, B, I]; None in the place of a bias that is not there.
+struct TimeMajor : Layer {
+  Owned copy;
+  PyObject* hx = nullptr;  // dense
+
+  bool read(PyObject* const* args) {
+    PyObject* weights[4];
+    for (int i = 0; i < 4; ++i) weights[i] = args[2 + i] == Py_None ? nullptr : args[2 + i];
+    if (!Layer::read(args[0], 0, 1, weights, 1) || !operand(args[1], {1, s.B, s.H}, &copy, &s.h0)) return false;
+    hx = copy ? copy.get() : args[1];
+    return true;
+  }
+};
+
+// train(input, hx, w_ih, w_hh, b_ih, b_hh): returns (output, h_n, gates).
+PyObject* train(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!takes(count, kLayerTensors)) return nullptr;
+  TimeMajor layer;
+  if (any_mode() || !layer.read(args)) return not_plain();
+  const GruShape& s = layer.s;
+  const Owned h_n = like(layer.hx), output = s.T == 1 ? like(layer.hx) : make(args[0], {s.T, s.B, s.H});
+  const Owned gates = make(args[0], {1, s.N, 4 * padded(s.H)});
+  const GruForward forward{s, data_of(output), data_of(h_n), data_of(gates)};
+  if (!forward.y || !forward.h_n || !forward.gates || !run(calls->gru_forward, forward, layer.dtype))
+    return not_plain();
+  return PyTuple_Pack(3, output.get(), h_n.get(), gates.get());
+}
+
+// The gradients of w_ih, w_hh, b_ih and b_hh. Large ones are views of one tensor: the allocator then keeps its memory
+// for the next call, where it would give that of several tensors back to the system, and a page fault for each 4 KiB of
+// fresh memory costs several times what the arithmetic does.
+bool weight_gradients(PyObject* const* tensors, const GruShape& s, int64_t bytes, Owned* grads) {
+  constexpr int64_t kLarge = 1 << 20;
+  const int64_t width = 3 * s.H, sizes[] = {width * s.I, width * s.H, width, width};
+  Owned whole;
+  int64_t offset = 0;
+  if ((sizes[0] + sizes[1]) * bytes >= kLarge) whole = make(tensors[0], {sizes[0] + sizes[1] + 2 * width});
+  for (int i = 0; i < 4; offset += sizes[i++]) {
+    const int64_t columns = i == 0 ? s.I : s.H;
+    const bool matrix = i < 2;
+    if (!whole) {
+      PyObject* weight = tensors[2 + i];
+      grads[i] = weight != Py_None ? like(weight) : make(tensors[0], {width});
+    } else {
+      const Owned shape = matrix ? make_tuple({width, columns}) : make_tuple({width});
+      const Owned strides = matrix ? make_tuple({columns, 1}) : make_tuple({1});
+      const Owned start(PyLong_FromLongLong(offset));
+      if (!shape || !strides || !start) return false;
+      grads[i] = Owned(
+          PyObject_CallMethodObjArgs(whole.get(), name_as_strided, shape.get(), strides.get(), start.get(), nullptr));
+    }
+    if (!grads[i]) return false;
+  }
+  return true;
+}
+
+// backward(grad_output, grad_h_n, input, hx, w_ih, w_hh, b_ih, b_hh, output, gates, need_input, need_weights): of a
+// layer that `train` ran; either gradient may be None. Returns (grad_input, grad_hx, grad_w_ih, grad_w_hh, grad_b_ih,
+// grad_b_hh), with None for grad_input and those of the weights where they are not needed.
+PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!takes(count, 2 + kLayerTensors + 4)) return nullptr;
+  PyObject* const* tensors = args + 2;
+  const bool need_input = args[count - 2] == Py_True, need_weights = args[count - 1] == Py_True;
+  TimeMajor layer;
+  if (any_mode() || !layer.read(tensors)) return not_plain();
+  const GruShape& s = layer.s;
+  GruBackward b{};
+  b.s = s;
+  Owned copies[4];
+  if (args[0] != Py_None && !layer.operand(args[0], {s.T, s.B, s.H}, &copies[0], &b.dy)) return not_plain();
+  if (args[1] != Py_None && !layer.operand(args[1], {1, s.B, s.H}, &copies[1], &b.dh_n)) return not_plain();
+  if (!layer.operand(tensors[kLayerTensors], {s.T, s.B, s.H}, &copies[2], &b.y)) return not_plain();
+  const int64_t width = 4 * padded(s.H);
+  if (!layer.operand(tensors[kLayerTensors + 1], {1, s.N, width}, &copies[3], &b.gates)) return not_plain();
+
+  void** const wanted[] = {&b.dx, &b.dh0, &b.dw_ih, &b.dw_hh, &b.db_ih, &b.db_hh};
+  Owned grads[kLayerTensors];
+  if (need_input) grads[0] = make(tensors[0], {s.T, s.B, s.I});
+  grads[1] = like(layer.hx);
+  // The engine writes the gradients of biases even where there are none.
+  if (need_weights && !weight_gradients(tensors, s, layer.input.bytes(), grads + 2)) return not_plain();
+  for (int i = 0; i < kLayerTensors; ++i)
+    if (grads[i] && !(*wanted[i] = data_of(grads[i]))) return not_plain();
+  if (!run(calls->gru_backward, b, layer.dtype)) return not_plain();
+  Owned result(PyTuple_New(kLayerTensors));
+  if (!result) return nullptr;
+  for (int i = 0; i < kLayerTensors; ++i) {
+    const bool present = grads[i] && tensors[i] != Py_None;
+    PyTuple_SetItem(result.get(), i, present ? grads[i].release() : borrow(Py_None).release());
+  }
+  return result.release();
+}
+
+// setup(capsule, calls, Tensor, Parameter, empty_like, is_grad_enabled, modes): once, before all else. `capsule` is
+// torch.Tensor.__dlpack_c_exchange_api__, `calls` the address that fastgru_direct_calls() returned. Returns None, or a
+// sentence that says why nothing here can be used.
+PyObject* setup(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!takes(count, 7)) return nullptr;
+  const auto* table = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
+  if (!table) return nullptr;
+  if (table->header.version.major != DLPACK_MAJOR_VERSION || !table->dltensor_from_py_object_no_sync)
+    return PyUnicode_FromFormat("torch's DLPack is of version %u, not %d", table->header.version.major,
+                                DLPACK_MAJOR_VERSION);
+  const auto* found = static_cast<const DirectCalls*>(PyLong_AsVoidPtr(args[1]));
+  if (!found) return nullptr;
+  mode_count = PyTuple_Size(args[6]);
+  if (mode_count < 0) return nullptr;
+  for (Py_ssize_t i = 2; i < count; ++i) Py_INCREF(args[i]);
+  tensor_type = reinterpret_cast<PyTypeObject*>(args[2]);
+  parameter_type = reinterpret_cast<PyTypeObject*>(args[3]);
+  empty_like = args[4];
+  is_grad_enabled = args[5];
+  modes = args[6];
+  name_as_strided = PyUnicode_InternFromString("as_strided");
+  name_contiguous = PyUnicode_InternFromString("contiguous");
+  name_is_neg = PyUnicode_InternFromString("is_neg");
+  name_new_empty = PyUnicode_InternFromString("new_empty");
+  name_requires_grad = PyUnicode_InternFromString("requires_grad");
+  exchange = table;
+  calls = found;
+  Py_RETURN_NONE;
+}
+
+template <PyObject* (*Function)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyMethodDef method(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(Function)), METH_FASTCALL, nullptr};
+}
+
+PyMethodDef methods[] = {method<setup>("setup"), method<infer>("infer"),       method<cell>("cell"),
+                         method<train>("train"), method<backward>("backward"), {}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_direct", nullptr, -1, methods};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__direct() { return PyModule_Create(&definition); }
