@@ -1,17 +1,20 @@
 """Runs Gluon kernels on the CPU: Triton's interpreter does not.
 
 The source of the kernels runs as Python, with this module in the place of Gluon. What makes such kernels hard is kept:
-the partitions of a warp-specialised kernel run side by side, in an order drawn at random at every barrier and copy;
-barriers count arrivals and bytes and have phases; TMA copies and wgmma take effect late. Shared memory starts as NaN
-and is NaN again while a copy into it is under way. Errors, not just wrong numbers, are: a deadlock, an arrival too
-many, a product whose operands change while it runs, a result read before it was waited for, an address out of bounds, a
-tile stored by TMA without a fence, a copy still reading when its memory is written.
+the partitions of a warp-specialised kernel, and if wanted those of all programs, run side by side, in an order drawn at
+random at every barrier and copy; barriers count arrivals and bytes and have phases; TMA copies and wgmma take effect
+late, and what TMA stores or adds is read and written at different times. Shared memory starts as NaN and is NaN again
+while a copy into it is under way. Errors, not just wrong numbers, are: a deadlock, an arrival too many, a product whose
+operands change while it runs, a result read before it was waited for, an address out of bounds, a tile stored by TMA or
+multiplied without a fence, a copy still reading when its memory is written, a counter in memory that is read or raised
+without order, TMA's addition after it without a fence.
 
 Not kept: layouts, registers, the order of summation, the exponential's last bits.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import random
@@ -60,6 +63,10 @@ for _name, _function in {
     setattr(Scalar, f"__r{_name}__", _scalar_method(_function, True))
 
 
+#: A program and its partition.
+Who = tuple[int, int]
+
+
 class Tile(torch.Tensor):
     """A tensor in registers."""
 
@@ -99,33 +106,31 @@ def load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Any:
     return tile(torch.where(torch.as_tensor(mask), kept, other))
 
 
-def store(pointer: Pointer, value: torch.Tensor, mask: Any = True) -> None:
+def store(pointer: Pointer, value: Any, mask: Any = True) -> None:
     pointer.check(mask)
     chosen = torch.as_tensor(mask).expand(pointer.offset.shape)
+    value = torch.as_tensor(value).expand(pointer.offset.shape)
     pointer.base[pointer.offset[chosen].long()] = value[chosen].to(pointer.base.dtype).as_subclass(torch.Tensor)
 
 
 class Shared:
-    """Shared memory. ``root`` is the allocation: fences and reading copies are kept there."""
+    """Shared memory. ``dirt`` says whose stores no fence has made visible to TMA and wgmma."""
 
-    def __init__(self, data: torch.Tensor, root: dict[str, Any]) -> None:
-        self.data, self.root = data, root
+    def __init__(self, data: torch.Tensor, dirt: torch.Tensor) -> None:
+        self.data, self.dirt = data, dirt
         self.dtype, self.shape = data.dtype, list(data.shape)
 
-    def _view(self, data: torch.Tensor) -> Shared:
-        return Shared(data, self.root)
-
     def index(self, n: int) -> Shared:
-        return self._view(self.data[n])
+        return Shared(self.data[n], self.dirt[n])
 
     def reshape(self, shape: Sequence[int]) -> Shared:
-        return self._view(self.data.view(*shape))
+        return Shared(self.data.view(*shape), self.dirt.view(*shape))
 
     def permute(self, order: Sequence[int]) -> Shared:
-        return self._view(self.data.permute(*order))
+        return Shared(self.data.permute(*order), self.dirt.permute(*order))
 
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
-        return self._view(self.data.narrow(dim, start, length))
+        return Shared(self.data.narrow(dim, start, length), self.dirt.narrow(dim, start, length))
 
     def load(self, layout: Any) -> Tile:
         return tile(self.data.clone())
@@ -133,12 +138,22 @@ class Shared:
     def gather(self, indices: torch.Tensor, axis: int) -> Tile:
         return tile(torch.gather(self.data, axis, indices.long().as_subclass(torch.Tensor)))
 
+    def place(self) -> tuple[int, int]:
+        return self.data.untyped_storage().data_ptr(), self.data.storage_offset()
+
     def store(self, value: torch.Tensor) -> None:
-        here = self.data.untyped_storage().data_ptr(), self.data.storage_offset()
-        if here in [copy.place for copy in machine().copies if copy.reads]:
+        if self.place() in [copy.place for copy in machine().copies if copy.reads]:
             raise KernelError("memory is written that a copy still reads")
-        self.data.copy_(value)
-        self.root["unfenced"] = True
+        plain = value.as_subclass(torch.Tensor)
+        # To write what is there already changes nothing for those that read.
+        same = (self.data == plain) | (self.data.isnan() & plain.isnan())
+        self.dirt[~same] = machine().number()
+        self.data.copy_(plain)
+        machine().dirty.setdefault(current.who, []).append(self.dirt)
+
+    def check(self, what: str) -> None:
+        if self.dirt.any():
+            raise KernelError(f"{what} what no fence has made visible to it")
 
 
 class Barrier:
@@ -201,11 +216,19 @@ class Descriptor:
 
 
 class Copy:
-    """A TMA copy under way."""
+    """A TMA copy under way: out of memory, or, while ``reads``, into it."""
 
-    def __init__(self, owner: int, shared: Shared, reads: bool, action: Callable[[], None]) -> None:
-        self.owner, self.reads, self.action = owner, reads, action
-        self.place = shared.data.untyped_storage().data_ptr(), shared.data.storage_offset()
+    def __init__(self, shared: Shared, action: Callable[[torch.Tensor], None], stores: bool) -> None:
+        self.owner, self.stores, self.reads = current.who, stores, stores
+        self.place, self.source, self.then = shared.place(), shared.data, action
+
+    def read(self) -> None:
+        if self.reads:
+            self.source, self.reads = self.source.clone(), False
+
+    def action(self) -> None:
+        self.read()
+        self.then(self.source)
 
 
 class Product:
@@ -214,6 +237,9 @@ class Product:
     def __init__(self, a: Any, b: Shared, acc: Any, use_acc: bool) -> None:
         self.a, self.b, self.acc, self.use_acc = a, b, acc, use_acc
         self.value: Tile | None = None
+        for operand in (a, b):
+            if isinstance(operand, Shared):
+                operand.check("a product reads")
         self.issued = self._multiply()
 
     def _multiply(self) -> torch.Tensor:
@@ -236,28 +262,35 @@ def finished(value: Any) -> Any:
 
 
 class Machine:
-    """One program: its partitions, as threads of which one runs at a time, and its copies."""
+    """Programs that run side by side: their partitions, as threads of which one runs at a time, and their copies."""
 
-    def __init__(self, program: int, programs: int, seed: int) -> None:
-        self.program, self.programs = Scalar(program), Scalar(programs)
+    def __init__(self, programs: int, seed: int) -> None:
+        self.programs = Scalar(programs)
         self.random = random.Random(seed)
         self.habit, self.late = seed % 3, seed // 3 % 3
-        self.roots: list[dict[str, bool]] = []
+        self.dirty: dict[Who, list[torch.Tensor]] = {}
         self.copies: list[Copy] = []
-        self.products: dict[int, list[Product]] = {}
-        self.waits: dict[int, Callable[[], bool]] = {}
-        self.turns: dict[int, threading.Semaphore] = {}
+        self.products: dict[Who, list[Product]] = {}
+        self.waits: dict[Who, Callable[[], bool]] = {}
+        self.turns: dict[Who, threading.Semaphore] = {}
+        self.acquired: set[Who] = set()
+        self.threads: list[threading.Thread] = []
         self.back = threading.Semaphore(0)
         self.error: BaseException | None = None
 
-    def run(self, partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
-        threads = []
-        for who, (function, arguments) in enumerate(partitions):
-            self.waits[who] = lambda: True
-            self.turns[who] = threading.Semaphore(0)
-            self.products[who] = []
-            threads.append(threading.Thread(target=self._partition, args=(who, function, arguments), daemon=True))
-            threads[-1].start()
+    def number(self) -> int:
+        """Of the partition that runs, from 1 on."""
+        return list(self.turns).index(current.who) + 1
+
+    def start(self, who: Who, function: Callable[..., None], *arguments: Any, **constants: Any) -> None:
+        self.waits[who] = lambda: True
+        self.turns[who] = threading.Semaphore(0)
+        self.products[who] = []
+        run = lambda: self._partition(who, function, arguments, constants)  # noqa: E731
+        self.threads.append(threading.Thread(target=run, daemon=True))
+        self.threads[-1].start()
+
+    def run(self) -> None:
         while self.waits and self.error is None:
             ready = [who for who, passed in self.waits.items() if passed()]
             if not ready and not self.copies:
@@ -271,30 +304,30 @@ class Machine:
                 self.copies.pop(chosen - len(ready)).action()
         for who in list(self.waits):
             self.turns[who].release()
-        for thread in threads:
+        for thread in self.threads:
             thread.join()
         if self.error is not None:
             raise self.error
-        if any(self.products.values()) or any(not copy.reads for copy in self.copies):
+        if any(self.products.values()) or any(not copy.stores for copy in self.copies):
             raise KernelError("the kernel ends while something is under way")
         for copy in self.copies:
             copy.action()
 
-    def _choose(self, ready: list[int]) -> int:
+    def _choose(self, ready: list[Who]) -> int:
         """Of partitions and copies: anything; or copies only when nothing else is left; or one partition only then."""
         if self.habit == 1 and ready:
             return self.random.randrange(len(ready))
         if self.habit == 2:
-            others = [n for n in range(len(ready) + len(self.copies)) if n >= len(ready) or ready[n] != self.late]
+            others = [n for n in range(len(ready) + len(self.copies)) if n >= len(ready) or ready[n][1] != self.late]
             return self.random.choice(others or [0])
         return self.random.randrange(len(ready) + len(self.copies))
 
-    def _partition(self, who: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    def _partition(self, who: Who, function: Callable[..., None], arguments: Any, constants: Any) -> None:
         current.machine, current.who = self, who
         self.turns[who].acquire()
         try:
             if self.error is None:
-                function(*arguments)
+                function(*arguments, **constants)
         except BaseException as error:
             self.error = self.error or error
         del self.waits[who]
@@ -317,6 +350,13 @@ def machine() -> Machine:
     return found
 
 
+def warp_specialize(partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: Any, regs: Any) -> None:
+    for n, (function, arguments) in enumerate(partitions[1:], 1):
+        machine().start((current.who[0], n), function, *arguments)
+    function, arguments = partitions[0]
+    function(*arguments)
+
+
 def wait(barrier: Barrier, phase: int) -> None:
     machine().pause(lambda: barrier.passed(int(phase)))
 
@@ -327,42 +367,65 @@ def arrive(barrier: Barrier) -> None:
 
 
 def async_load(desc: Descriptor, place: Sequence[int], barrier: Barrier, result: Shared) -> None:
-    def finish() -> None:
+    def finish(target: torch.Tensor) -> None:
         whole, part = desc.inside(place)
-        result.data.zero_()
-        result.data[part] = desc.data[whole]
+        target.zero_()
+        target[part] = desc.data[whole]
         barrier.complete(desc.nbytes_per_cta)
 
     assert result.shape == desc.block_shape
-    copy = Copy(current.who, result, False, finish)
-    if copy.place in [other.place for other in machine().copies]:
+    if result.place() in [other.place for other in machine().copies if other.reads or not other.stores]:
         raise KernelError("memory is written that another copy uses")
     result.data.fill_(math.nan)
-    machine().copies.append(copy)
+    machine().copies.append(Copy(result, finish, False))
     machine().pause()
 
 
-def async_store(desc: Descriptor, place: Sequence[int], source: Shared) -> None:
-    def finish() -> None:
+def async_store(desc: Descriptor, place: Sequence[int], source: Shared, add: bool = False) -> None:
+    def finish(tile: torch.Tensor) -> None:
         whole, part = desc.inside(place)
-        desc.data[whole] = source.data[part]
+        desc.data[whole] = desc.data[whole] + tile[part] if add else tile[part]
 
-    if source.root["unfenced"]:
-        raise KernelError("TMA stores what no fence has made visible to it")
-    machine().copies.append(Copy(current.who, source, True, finish))
+    source.check("TMA stores")
+    if add and current.who in machine().acquired:
+        raise KernelError("TMA's addition is not ordered after the counter that was read")
+    machine().copies.append(Copy(source, finish, True))
     machine().pause()
 
 
-def store_wait(pendings: int) -> None:
+def store_wait(pendings: int, read_only: bool = True) -> None:
     assert pendings == 0
-    for copy in [c for c in machine().copies if c.reads and c.owner == current.who]:
-        machine().copies.remove(copy)
-        copy.action()
+    for copy in [c for c in machine().copies if c.stores and c.owner == current.who]:
+        copy.read()
+        if not read_only:
+            machine().copies.remove(copy)
+            copy.action()
 
 
 def fence_async_shared() -> None:
-    for root in machine().roots:
-        root["unfenced"] = False
+    for dirt in machine().dirty.pop(current.who, []):
+        dirt[dirt == machine().number()] = 0
+
+
+def inline_asm(code: str, *ignored: Any, is_pure: bool) -> None:
+    assert code == "fence.proxy.async.global;" and not is_pure
+    machine().acquired.discard(current.who)
+
+
+def atomic_poll(pointer: Pointer, expected: int, sem: str, scope: str) -> None:
+    if (sem, scope) != ("acquire", "gpu"):
+        raise KernelError("a counter is read without order")
+    pointer.check(True)
+    machine().pause(lambda: int(pointer.base[pointer.offset]) == expected)
+    machine().acquired.add(current.who)
+
+
+def atomic_add(pointer: Pointer, value: int, sem: str, scope: str) -> None:
+    if (sem, scope) != ("release", "gpu"):
+        raise KernelError("a counter is raised without order")
+    pointer.check(True)
+    pointer.base[pointer.offset] += value
+    machine().pause()
 
 
 def warpgroup_mma(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
@@ -391,12 +454,17 @@ def _pairwise(scalar: Callable[[Any, Any], Any], many: Callable[..., torch.Tenso
 
 def where(condition: Any, a: Any, b: Any) -> Any:
     if isinstance(condition, bool):
-        return Scalar(a if condition else b)
+        chosen = a if condition else b
+        return chosen if isinstance(chosen, torch.Tensor) else Scalar(chosen)
     return tile(torch.where(condition, a, b))
 
 
 def full(shape: Sequence[int], value: Any, dtype: torch.dtype, layout: Any = None) -> Tile:
     return tile(torch.full(shape, value, dtype=dtype))
+
+
+def cdiv(a: Any, b: int) -> Any:
+    return Scalar(_quotient(a + b - 1, b)) if isinstance(a, int) and isinstance(b, int) else (a + b - 1) // b
 
 
 def reduced(t: torch.Tensor) -> Any:
@@ -405,9 +473,12 @@ def reduced(t: torch.Tensor) -> Any:
 
 
 def allocate_shared_memory(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
-    root = {"unfenced": False}
-    machine().roots.append(root)
-    return Shared(torch.full(shape, math.nan if dtype.is_floating_point else torch.iinfo(dtype).min, dtype=dtype), root)
+    nothing = math.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+    return Shared(torch.full(shape, nothing, dtype=dtype), torch.zeros(shape, dtype=torch.uint8))
+
+
+def allocate_mbarrier(batch: int | None = None) -> Any:
+    return Barrier() if batch is None else Barriers(Barrier() for _ in range(batch))
 
 
 def _fakes() -> dict[str, types.ModuleType]:
@@ -429,10 +500,11 @@ def _fakes() -> dict[str, types.ModuleType]:
         zeros=lambda shape, dtype, layout=None: full(shape, 0, dtype), load=load, store=store, where=where,
         minimum=_pairwise(min, torch.minimum), maximum=_pairwise(max, torch.maximum),
         max=lambda x, axis: reduced(x.amax(axis)), sum=lambda x, axis: reduced(x.sum(axis)), exp2=torch.exp2,
-        log2=torch.log2, cdiv=lambda a, b: Scalar(_quotient(a + b - 1, b)), barrier=lambda: None,
-        convert_layout=lambda x, layout, assert_trivial=False: x, program_id=lambda axis: machine().program,
+        log2=torch.log2, cdiv=cdiv, broadcast=torch.broadcast_tensors, barrier=lambda: None,
+        convert_layout=lambda x, layout, assert_trivial=False: x, program_id=lambda axis: Scalar(current.who[0]),
         num_programs=lambda axis: machine().programs, allocate_shared_memory=allocate_shared_memory,
-        warp_specialize=lambda partitions, warps, registers: machine().run(partitions),
+        warp_specialize=warp_specialize, inline_asm=inline_asm, atomic_poll=atomic_poll, atomic_add=atomic_add,
+        NVMMASharedLayout=types.SimpleNamespace(get_default_for=lambda shape, dtype: None),
         int16=torch.int16, int32=torch.int32, int64=torch.int64, float16=torch.float16, bfloat16=torch.bfloat16,
         float32=torch.float32,
     )  # fmt: skip
@@ -442,14 +514,22 @@ def _fakes() -> dict[str, types.ModuleType]:
         mbarrier=module(
             "mbarrier", wait=wait, arrive=arrive, init=lambda barrier, count: barrier.init(count),
             expect=lambda barrier, count: barrier.arrive(count),
-            allocate_mbarrier=lambda batch: Barriers(Barrier() for _ in range(batch)),
+            allocate_mbarrier=allocate_mbarrier,
         ),
-        tma=module("tma", async_load=async_load, async_store=async_store, store_wait=store_wait),
+        tma=module(
+            "tma", async_load=async_load, async_store=async_store, store_wait=store_wait,
+            async_atomic_add=functools.partial(async_store, add=True),
+        ),
     )  # fmt: skip
     gluon = module("gluon", jit=lambda function: function, language=language)
     prefix = "triton.experimental"
+    plain = module(
+        "tl", condition=lambda condition, disable_licm: condition,
+        range=lambda start, end, disable_licm: map(Scalar, range(start, end)),
+    )  # fmt: skip
     return {
-        "triton": module("triton"),
+        "triton": module("triton", language=plain),
+        "triton.language": plain,
         prefix: module(prefix, gluon=gluon),
         f"{prefix}.gluon": gluon,
         f"{prefix}.gluon.language": language,
@@ -479,8 +559,13 @@ def emulated(*names: str, changes: dict[str, str] | None = None) -> types.Module
     return module
 
 
-def launch(kernel: Callable[..., None], programs: int, *arguments: Any, seed: int = 0, **constants: int) -> None:
-    """Runs the programs of a launch, one after the other."""
-    for program in range(programs):
-        current.machine = Machine(program, programs, seed)
-        kernel(*[Scalar(a) if type(a) is int else a for a in arguments], **constants)
+def launch(
+    kernel: Callable[..., None], programs: int, *arguments: Any, seed: int = 0, together: bool = False, **constants: int
+) -> None:
+    """Runs the programs of a launch: one after the other, or all of them side by side."""
+    given = [Scalar(a) if type(a) is int else a for a in arguments]
+    for some in [range(programs)] if together else [[program] for program in range(programs)]:
+        made = Machine(programs, seed)
+        for program in some:
+            made.start((program, 0), kernel, *given, **constants)
+        made.run()

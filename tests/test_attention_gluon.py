@@ -320,9 +320,16 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
 CUresult cuLaunchKernel(CUfunction, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz,
                         unsigned shared, CUstream stream, void** parameters, void**) {
   fprintf(stderr, "launch %u %u %u %u %u %u %u %ld\n", x, y, z, tx, ty, tz, shared, (long)stream);
+  if (out == nullptr) return CUDA_SUCCESS;
   for (int n = 0; n < count; ++n) fwrite(parameters[n], 1, sizes[n], out);
   fclose(out);
+  out = nullptr;
   return CUDA_SUCCESS;
+}
+CUresult cuLaunchCooperativeKernel(CUfunction f, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty,
+                                   unsigned tz, unsigned shared, CUstream stream, void** parameters) {
+  fprintf(stderr, "cooperative ");
+  return cuLaunchKernel(f, x, y, z, tx, ty, tz, shared, stream, parameters, 0);
 }
 }
 """
@@ -331,8 +338,8 @@ REGISTRATION = r"""
 #include "cuda/launch.h"
 STABLE_TORCH_LIBRARY(fastgru_launch_test, m) {
   m.def("load(str path, str symbol, int device, int shared) -> ()");
-  m.def("launch(Tensor(a!)[] tensors, str path, str symbol, int device, int programs, int threads, int shared, "
-        "int[] plan, float[] numbers) -> ()");
+  m.def("launch(Tensor(a!)[] tensors, str path, str symbol, int device, int programs, bool cooperative, "
+        "int threads, int shared, int[] plan, float[] numbers) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastgru_launch_test, CompositeExplicitAutograd, m) {
   m.impl("load", TORCH_BOX(&fastgru::cuda_load));
@@ -382,8 +389,9 @@ driver.expect({str(tmp_path / "parameters").encode()!r}, len(sizes), (ctypes.c_i
 print(*[t.data_ptr() for t in saved["given"]])
 ops = torch.ops.fastgru_launch_test
 cubin = {str(cubin)!r}
-how = ("attention_forward", 1, 5, {entry["threads"]}, {entry["shared"]})
-ops.launch(saved["given"], cubin, *how, saved["plan"], saved["floats"])
+how = (False, {entry["threads"]}, {entry["shared"]}, saved["plan"], saved["floats"])
+ops.launch(saved["given"], cubin, "attention_forward", 1, 5, *how)
+ops.launch(saved["given"], cubin, "attention_forward", 1, 6, True, *how[1:])
 for arguments in ((cubin, "absent", 0, 1), ("/nowhere", "x", 0, 1)):
     try:
         ops.load(*arguments)
@@ -396,7 +404,8 @@ for arguments in ((cubin, "absent", 0, 1), ("/nowhere", "x", 0, 1)):
     assert "the kernel is not in its file: named symbol not found" in absent and "cannot read /nowhere" in unreadable
     # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES is 8; the stream is that of device 1.
     assert f"attribute 8 = {entry['shared']}" in done.stderr
-    assert f"launch 5 1 1 384 1 1 {entry['shared']} 7001" in done.stderr
+    assert f"launch 5 1 1 384 1 1 {entry['shared']} 7001" in done.stderr.splitlines()
+    assert f"cooperative launch 6 1 1 384 1 1 {entry['shared']} 7001" in done.stderr.splitlines()
 
     raw = (tmp_path / "parameters").read_bytes()
     parameters = [raw[sum(sizes[:n]) : sum(sizes[: n + 1])] for n in range(len(sizes))]
@@ -479,8 +488,10 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 
 
 def test_auto_goes_by_measurements(table: Any) -> None:
-    assert json.loads(gluon.TABLE.read_text())["columns"] == ["D", "L", "causal", "gluon_us", "triton_us"]
-    table([[64, 1024, 0, 1.0, 2.0], [64, 8192, 0, 3.0, 2.0], [64, 1024, 1, 2.0, 1.0]])
+    assert json.loads(gluon.TABLE.read_text())["columns"] == [
+        "D", "L", "causal", "gluon_us", "triton_us", "gluon.backward_us", "triton.backward_us"
+    ]  # fmt: skip
+    table([[64, 1024, 0, 1, 2, 2, 1], [64, 8192, 0, 3, 2, 2, 3], [64, 1024, 1, 2, 1, None, 1]])
     for case, ahead in (
         ({"Lk": 1500}, True),
         ({"Lk": 5000}, False),
@@ -488,8 +499,9 @@ def test_auto_goes_by_measurements(table: Any) -> None:
         ({"Lk": 1024, "right": 0}, False),
     ):
         assert gluon.wins(problem(case)) == ahead
+    assert [gluon.wins(problem({"Lk": length}), backward=True) for length in (1500, 5000, 300)] == [False, True, False]
     assert not gluon.wins(problem({"D": 128, "Lk": 1024}))
-    assert not gluon.faster(problem({"Lk": 1024}))  # not on a GPU
+    assert gluon.faster(problem({"Lk": 1024})) == (False, False)  # not on a GPU
 
 
 def test_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,10 +107,12 @@ def test_the_table_survives_writing(make_table: Any, tmp_path: Path) -> None:
 
 def test_the_table_of_attention(make_table: Any) -> None:
     contenders = {"gluon": {"device_us": 3.0}, "triton": {"device_us": 4.0}, "sdpa": {"refused": "no"}}
+    for name, time in (("gluon", 7.0), ("triton", 8.0)):
+        contenders[name]["backward"] = {"device_us": time}
     entries = [{"precision": "bfloat16", "D": 128, "L": 1024, "causal": True, "contenders": contenders}]
     entries += [{**entries[0], "L": 2048, "contenders": {**contenders, "gluon": {"refused": "no"}}}]
     found = make_table.rows([{"architecture": "sm_90", "entries": entries}], "attention")
-    assert found == {"sm_90": {"bfloat16": [[128, 1024, 1, 3.0, 4.0]]}}
+    assert found == {"sm_90": {"bfloat16": [[128, 1024, 1, 3.0, 4.0, 7.0, 8.0]]}}
     # As the backend reads it.
     path, names, times = make_table.TABLES["attention"]
     shipped = json.loads(path.read_text())

@@ -21,9 +21,11 @@ import argparse
 import importlib
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +45,10 @@ INSTRUCTIONS = (
     r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x1\b",
 )  # fmt: skip
 
+#: And TMA's addition for the backward pass; what its small kernel needs.
+BACKWARD = (*INSTRUCTIONS, r"\bUTMAREDG\.4D\.ADD\b", r"\bFENCE\.VIEW\.ASYNC\.G\b", r"\bREDG\.E\.ADD\.STRONG\.GPU\b")
+ROWS = (r"\bUTMALDG\.4D\b", r"\bSYNCS\.")
+
 DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 #: By head dimension: what registers and shared memory have room for.
 FORWARD = {
@@ -50,7 +56,13 @@ FORWARD = {
     128: {"BLOCK_N": 128, "STAGES": 2, "Q_STAGES": 2},
     256: {"BLOCK_N": 64, "STAGES": 2, "Q_STAGES": 1},
 }
-POINTERS = {"lse": "*fp32", "q_lengths": "*i64", "k_lengths": "*i64"}
+POINTERS = {
+    "lse": "*fp32", "d_lse": "*fp32", "stats": "*fp32", "turns": "*i32", "plan": "*i32", "q_lengths": "*i64",
+    "k_lengths": "*i64",
+}  # fmt: skip
+
+#: Descriptors of float32 tensors; the others are of the dtype of a variant.
+FLOATS = ("dq_desc", "stats_desc")
 
 
 class Variant(NamedTuple):
@@ -62,6 +74,9 @@ class Variant(NamedTuple):
     dtype: str
     maps: dict[str, list[int]]
     constants: dict[str, int]
+    instructions: tuple[str, ...] = INSTRUCTIONS
+    #: An option of LLVM's, given by Triton's variable DISABLE_LLVM_OPT.
+    llvm: str = ""
 
 
 def variants() -> list[Variant]:
@@ -74,6 +89,26 @@ def variants() -> list[Variant]:
                     f"forward_{dtype}_{columns}", "attn_sm90_fwd", "attention_forward", dtype,
                     {name: [1, 1, count, columns] for name, count in rows.items()},
                     sizes,
+                )
+            )  # fmt: skip
+        for columns, rows in ((64, 128), (128, 64)):
+            tiles = {"q_desc": rows, "do_desc": rows, "k_desc": 64, "v_desc": 64, "dk_desc": 64, "dv_desc": 64}
+            maps = {name: [1, 1, count, columns] for name, count in tiles.items()}
+            maps |= {"stats_desc": [1, 1, 2, rows], "dq_desc": [1, 1, 64, 64]}
+            found.append(
+                Variant(
+                    f"backward_{dtype}_{columns}", "attn_sm90_bwd", "attention_backward", dtype, maps,
+                    {"BLOCK_M": rows, "STAGES": 2, "DS_STAGES": 1, "DQ_STAGES": 2}, BACKWARD,
+                    # Else what depends on the thread is computed once for all partitions, and there are not registers
+                    # enough to keep it.
+                    "disable-machine-cse",
+                )
+            )  # fmt: skip
+            maps = {name: [1, 1, 64, columns] for name in ("o_desc", "do_desc")}
+            found.append(
+                Variant(
+                    f"backward_rows_{dtype}_{columns}", "attn_sm90_bwd", "attention_backward_rows", dtype, maps,
+                    {"BLOCK_M": rows}, ROWS,
                 )
             )  # fmt: skip
     return found
@@ -104,21 +139,28 @@ def kernel_module(name: str) -> types.ModuleType:
 
 
 def compiled(variant: Variant) -> Any:
-    """A variant as Triton compiles it."""
+    """A variant as Triton compiles it; of its kernel, what is used here. LLVM keeps an option for as long as the
+    process lives, so a variant that has one is compiled in its own."""
     triton = check_triton()
+    if variant.llvm and os.environ.get("DISABLE_LLVM_OPT") != variant.llvm:
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder) / "kernel"
+            command = [sys.executable, __file__, "--compile", variant.name, "--out", result]
+            subprocess.run(command, env={**os.environ, "DISABLE_LLVM_OPT": variant.llvm}, check=True)
+            return pickle.loads(result.read_bytes())
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = getattr(kernel_module(variant.module), variant.kernel)
-    short = DTYPES[variant.dtype]
     signature = {}
     for name in kernel.arg_names:
         if name in variant.constants:
             signature[name] = "constexpr"
         elif name in variant.maps:
             box = variant.maps[name]
-            layout = gl.NVMMASharedLayout.get_default_for(box, getattr(gl, variant.dtype))
+            dtype, short = ("float32", "fp32") if name in FLOATS else (variant.dtype, DTYPES[variant.dtype])
+            layout = gl.NVMMASharedLayout.get_default_for(box, getattr(gl, dtype))
             signature[name] = f"tensordesc<{short}[{','.join(map(str, box))}],{layout!r}>"
         else:
             signature[name] = POINTERS.get(name, "fp32" if name == "scale" else "i32")
@@ -129,7 +171,15 @@ def compiled(variant: Variant) -> Any:
     )
     # 3 x 128 threads start with 168 registers each; the producer leaves the others most of its own.
     options = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    fields = (
+        "name", "num_warps", "shared", "tensordesc_meta", "global_scratch_size", "profile_scratch_size",
+    )  # fmt: skip
+    return types.SimpleNamespace(
+        asm={"cubin": kernel.asm["cubin"]},
+        metadata=types.SimpleNamespace(**{name: getattr(kernel.metadata, name) for name in fields}),
+        src=types.SimpleNamespace(signature=signature),
+    )
 
 
 def disassembled(cubin: bytes, folder: Path) -> str:
@@ -141,7 +191,7 @@ def disassembled(cubin: bytes, folder: Path) -> str:
     return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
 
 
-def faults(kernel: Any, code: str) -> list[str]:
+def faults(kernel: Any, code: str, instructions: tuple[str, ...] = INSTRUCTIONS) -> list[str]:
     """What keeps a compiled kernel from being shipped."""
     found = []
     spills = re.findall(r"\b(?:LDL|STL)\b", code)
@@ -149,7 +199,10 @@ def faults(kernel: Any, code: str) -> list[str]:
         found.append(f"it spills registers ({len(spills)} instructions)")
     if kernel.metadata.shared > SHARED:
         found.append(f"it takes {kernel.metadata.shared} bytes of shared memory, and there are {SHARED}")
-    found += [f"its code has no {one}" for one in INSTRUCTIONS if not re.search(one, code)]
+    products, starts = (len(re.findall(word, code)) for word in (r"\bHGMMA\.", r"\bWARPGROUP\.ARRIVE\b"))
+    if starts > products / 2 > 0:
+        found.append("its products wait for each other, for want of registers")
+    found += [f"its code has no {one}" for one in instructions if not re.search(one, code)]
     if kernel.metadata.global_scratch_size or kernel.metadata.profile_scratch_size:
         found.append("it needs scratch memory, which nobody gives it")
     return found
@@ -181,21 +234,31 @@ def described(variant: Variant, kernel: Any) -> dict[str, Any]:
             }
             for name, meta in described_maps
         },
-        "sizes": {**variant.constants, "dtype": variant.dtype, "columns": variant.maps["q_desc"][3]},
+        "sizes": {
+            **variant.constants,
+            "dtype": variant.dtype,
+            "columns": variant.maps["o_desc" if "o_desc" in variant.maps else "q_desc"][3],
+        },
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    folder: Path = parser.parse_args().out
+    parser.add_argument("--compile", metavar="NAME", help="one variant only, for this program itself")
+    given = parser.parse_args()
+    folder: Path = given.out
     check_triton()
+    if given.compile:
+        (variant,) = (one for one in variants() if one.name == given.compile)
+        folder.write_bytes(pickle.dumps(compiled(variant)))
+        return
     folder.mkdir(parents=True, exist_ok=True)
     kernels = {}
     for variant in variants():
         kernel = compiled(variant)
         cubin = kernel.asm["cubin"]
-        wrong = faults(kernel, disassembled(cubin, folder))
+        wrong = faults(kernel, disassembled(cubin, folder), variant.instructions)
         if wrong:
             raise SystemExit(f"{variant.name}: {'; '.join(wrong)}")
         kernels[variant.name] = described(variant, kernel)

@@ -17,21 +17,28 @@ from typing import Any
 from fastgru.backends import gluon, gpu_table
 
 # Of a stage: the table it fills, the names in its entries of what a row begins with, and the contenders whose times end
-# it, the one that all others are compared with last.
+# it, the one that all others are compared with last; "gluon.backward" is the backward pass of gluon.
 TABLES = {
     "bench_gru": (gpu_table.PATH, ("H", "B", "T", "directions", "training", "packed"), gpu_table.BACKENDS),
-    "attention": (gluon.TABLE, ("D", "L", "causal"), ("gluon", "triton")),
+    "attention": (gluon.TABLE, ("D", "L", "causal"), ("gluon", "triton", "gluon.backward", "triton.backward")),
 }
 
 
 def rows(results: list[dict[str, Any]], stage: str = "bench_gru") -> dict[str, dict[str, list[list[Any]]]]:
     """The table's ``measured`` from records of one stage."""
     _, names, contenders = TABLES[stage]
+
+    def time_of(entry: dict[str, Any], contender: str) -> float | None:
+        name, _, part = contender.partition(".")
+        found = entry["contenders"].get(name, {})
+        time: float | None = (found.get(part, {}) if part else found).get("device_us")
+        return time
+
     measured: dict[str, dict[str, list[list[Any]]]] = {}
     for result in results:
         for entry in result["entries"]:
-            times = [entry["contenders"].get(name, {}).get("device_us") for name in contenders]
-            if times[-1] is None or times[:-1] == [None] * (len(times) - 1):
+            times = [time_of(entry, name) for name in contenders]
+            if times[-1] is None or times[0] is times[-2] is None:
                 continue
             row = [*(entry[name] for name in names), *(None if time is None else round(time, 2) for time in times)]
             measured.setdefault(result["architecture"], {}).setdefault(entry["precision"], []).append(row)

@@ -56,6 +56,7 @@ CONTENDERS = (("triton", ""), ("cuda", "cluster"), ("cuda", "grid"), ("cudnn", "
 def run_tests(record: stage.Record) -> bool:
     names = (
         "test_cuda.py", "test_triton.py", "test_triton_compiles.py", "test_cudnn.py", "test_attention_gluon.py",
+        "test_attention_gluon_backward.py",
     )  # fmt: skip
     files = [str(stage.ROOT / "tests" / name) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]

@@ -30,6 +30,7 @@ struct Driver {
   decltype(&cuFuncSetAttribute) set_attribute;
   decltype(&cuTensorMapEncodeTiled) encode;
   decltype(&cuLaunchKernel) launch;
+  decltype(&cuLaunchCooperativeKernel) launch_together;
   decltype(&cuGetErrorString) error_string;
   int32_t (*current_stream)(int32_t device, void** stream);
 
@@ -42,6 +43,7 @@ struct Driver {
     set_attribute = find<decltype(set_attribute)>(library, "cuFuncSetAttribute", where);
     encode = find<decltype(encode)>(library, "cuTensorMapEncodeTiled", where);
     launch = find<decltype(launch)>(library, "cuLaunchKernel", where);
+    launch_together = find<decltype(launch_together)>(library, "cuLaunchCooperativeKernel", where);
     error_string = find<decltype(error_string)>(library, "cuGetErrorString", where);
     current_stream = find<decltype(current_stream)>(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream", "this torch");
   }
@@ -133,7 +135,8 @@ void cuda_load(std::string path, std::string symbol, int64_t device, int64_t sha
 }
 
 void cuda_launch(std::vector<Tensor> tensors, std::string path, std::string symbol, int64_t device, int64_t programs,
-                 int64_t threads, int64_t shared, std::vector<int64_t> plan, std::vector<double> numbers) {
+                 bool cooperative, int64_t threads, int64_t shared, std::vector<int64_t> plan,
+                 std::vector<double> numbers) {
   const CUfunction kernel = function(path, symbol, device, shared);
   Values values;
   size_t at = 0;
@@ -172,8 +175,11 @@ void cuda_launch(std::vector<Tensor> tensors, std::string path, std::string symb
 
   void* stream = nullptr;
   STD_TORCH_CHECK(driver().current_stream(int32_t(device), &stream) == 0, "fastgru: torch tells no current stream");
-  driver().check(driver().launch(kernel, unsigned(programs), 1, 1, unsigned(threads), 1, 1, unsigned(shared),
-                                 static_cast<CUstream>(stream), values.addresses(), nullptr),
+  const unsigned blocks = unsigned(programs), size = unsigned(threads), memory = unsigned(shared);
+  const auto queue = static_cast<CUstream>(stream);
+  driver().check(cooperative
+                     ? driver().launch_together(kernel, blocks, 1, 1, size, 1, 1, memory, queue, values.addresses())
+                     : driver().launch(kernel, blocks, 1, 1, size, 1, 1, memory, queue, values.addresses(), nullptr),
                  "the kernel does not start");
 }
 

@@ -20,9 +20,10 @@ namespace fastgru {
 enum class Argument : int64_t { Map, Pointer, Integer, Number };
 
 // Loads `symbol` of the cubin at `path` once for each device, and starts `programs` blocks of `threads` threads with
-// `shared` bytes of memory on torch's current stream of the current device, which `device` has to be.
+// `shared` bytes of memory on torch's current stream of the current device, which `device` has to be. `cooperative`:
+// all of them at the same time, or none, because they wait for each other.
 void cuda_launch(std::vector<torch::stable::Tensor> tensors, std::string path, std::string symbol, int64_t device,
-                 int64_t programs, int64_t threads, int64_t shared, std::vector<int64_t> plan,
+                 int64_t programs, bool cooperative, int64_t threads, int64_t shared, std::vector<int64_t> plan,
                  std::vector<double> numbers);
 
 // Loads it, and raises where it cannot.

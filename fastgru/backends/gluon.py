@@ -1,11 +1,12 @@
 """Attention for Hopper (sm_90): the kernels of kernels/attn_sm90_*.py, which the C++ library launches.
 
 They were compiled ahead of time, travel in the CUDA wheels as cubins, with a manifest that says how each is launched
-(tools/build_cubins.py), and need neither a compiler nor Triton. The backward pass is the ``triton`` backend's.
+(tools/build_cubins.py), and need neither a compiler nor Triton. A problem that has a kernel forward and none backward
+has the ``triton`` backend's backward pass.
 
-``attention_table.json`` holds where they were measured against the ``triton`` backend: times of forward calls by
-architecture, dtype, D, L and causal or not. Under ``auto`` they run where the nearest measurement, no more than a
-factor of two away in L, has them ahead. Nothing else makes ``auto`` take them.
+``attention_table.json`` holds where they were measured against the ``triton`` backend: times of forward and of backward
+calls by architecture, dtype, D, L and causal or not. Under ``auto`` each of the two runs where the nearest measurement,
+no more than a factor of two away in L, has it ahead. Nothing else makes ``auto`` take them.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from fastgru.backends.reference_attention import Attention, empty_like_layout
 CUBINS = Path(_lib.__file__).parent / "cubins"
 TABLE = Path(__file__).with_name("attention_table.json")
 
-# Queries of one tile, and what the keys and values of a section of heads may take of the L2 cache.
+# Queries of one tile forward, keys of one backward, numbers of the backward kernel's plan for one; and what the tensors
+# of a section of heads may take of the L2 cache.
 _ROWS = 128
+_KEYS = 128
+_FIELDS = 16
 _SECTION_BYTES = 32 * 2**20
 
 # Kinds of arguments, as csrc/cuda/launch.h numbers them.
@@ -47,7 +51,7 @@ def manifest() -> dict[str, Any] | None:
 
 def _available() -> str | None:
     if (reason := triton._available()) is not None:
-        return f"its backward pass is that of the backend 'triton', of which: {reason}"
+        return f"what it has no kernel for runs on the backend 'triton', of which: {reason}"
     if _lib.load_error is not None:
         return _lib.load_error
     if manifest() is None:
@@ -62,8 +66,8 @@ def _supports(device: str, dtype: torch.dtype) -> str | None:
     return None if dtype in (torch.bfloat16, torch.float16) else f"it has no kernels for {dtype}"
 
 
-def _name(a: Attention) -> str:
-    return f"forward_{str(a.query.dtype).removeprefix('torch.')}_{a.query.shape[3]}"
+def _name(a: Attention, kernel: str = "forward") -> str:
+    return f"{kernel}_{str(a.query.dtype).removeprefix('torch.')}_{a.query.shape[3]}"
 
 
 def why_not(a: Attention) -> str | None:
@@ -90,26 +94,50 @@ def why_not(a: Attention) -> str | None:
     return None
 
 
+def covers(dtype: torch.dtype) -> str:
+    """The kernels there are for a dtype."""
+
+    def columns(kernel: str) -> list[str]:
+        head = f"{kernel}_{str(dtype).removeprefix('torch.')}_"
+        found = sorted(int(name.removeprefix(head)) for name in manifest() or {} if name.startswith(head))
+        return [str(count) for count in found] or ["none"]
+
+    forward, backward = (f"{name} with D = {', '.join(columns(name))}" for name in ("forward", "backward"))
+    return f"{forward}; {backward}, otherwise the backward pass is that of 'triton'"
+
+
+def why_not_backward(a: Attention) -> str | None:
+    """None when there is a kernel for the gradients of a problem, too, else the reason."""
+    if (reason := why_not(a)) is None and _name(a, "backward") not in (manifest() or {}):
+        reason = f"it has no backward kernel for {a.query.dtype} with head dimensions of {a.query.shape[3]}"
+    return reason
+
+
 @functools.cache
-def _measured(architecture: str, dtype: torch.dtype) -> list[list[float]]:
+def _measured(architecture: str, dtype: torch.dtype) -> list[list[Any]]:
     measured = json.loads(TABLE.read_text())["measured"]
-    rows: list[list[float]] = measured.get(architecture, {}).get(str(dtype).removeprefix("torch."), [])
+    rows: list[list[Any]] = measured.get(architecture, {}).get(str(dtype).removeprefix("torch."), [])
     return rows
 
 
-def wins(a: Attention) -> bool:
-    """Whether the measurement nearest to a problem, if one is near enough, has these kernels ahead of Triton's."""
+def wins(a: Attention, backward: bool = False) -> bool:
+    """Whether the measurement nearest to a problem, if one is near enough, has the kernel forward, or the one backward,
+    ahead of Triton's."""
     architecture = gpu_table.architecture(a.query.device)
     best = (math.log(gpu_table.REACH) + 1e-9, False)
-    for columns, length, causal, ours, theirs in _measured(architecture, a.query.dtype):
+    for columns, length, causal, *times in _measured(architecture, a.query.dtype):
         if (columns, bool(causal)) == (a.query.shape[3], a.window_right == 0) and a.key.shape[2]:
+            ours, theirs = (math.inf if time is None else time for time in (times[2:] if backward else times[:2]))
             best = min(best, (abs(math.log(length / a.key.shape[2])), ours < theirs))
     return best[1]
 
 
-def faster(a: Attention) -> bool:
-    """Whether ``auto`` takes these kernels for a problem on the ``triton`` backend's devices."""
-    return a.query.is_cuda and wins(a) and _available() is None and why_not(a) is None
+def faster(a: Attention) -> tuple[bool, bool]:
+    """Whether ``auto`` takes the kernel forward, and the one backward, for a problem on the ``triton`` backend's
+    devices."""
+    if not a.query.is_cuda or _available() is not None or why_not(a) is not None:
+        return False, False
+    return wins(a), why_not_backward(a) is None and wins(a, backward=True)
 
 
 def for_tma(t: Tensor) -> Tensor:
@@ -127,6 +155,13 @@ def section_of(a: Attention) -> int:
     """How many query heads are done before the next ones, so that their keys and values stay in the L2 cache."""
     bytes_of_one = 2 * a.key.shape[2] * a.key.shape[3] * a.key.element_size()
     return min(a.query.shape[0] * a.query.shape[1], a.group * max(1, _SECTION_BYTES // bytes_of_one))
+
+
+def backward_section_of(a: Attention) -> int:
+    """How many key heads are done before the next ones, so that what they and their queries have stays there."""
+    rows = 2 * a.key.shape[2] + 4 * a.group * a.query.shape[2]
+    bytes_of_one = rows * a.key.shape[3] * a.key.element_size()
+    return min(a.key.shape[0] * a.key.shape[1], max(1, _SECTION_BYTES // bytes_of_one))
 
 
 def plan_of(entry: dict[str, Any], tensors: dict[str, Tensor | None], numbers: dict[str, float]) -> tuple[Any, ...]:
@@ -154,7 +189,6 @@ def plan_of(entry: dict[str, Any], tensors: dict[str, Tensor | None], numbers: d
 
 def arguments_of(a: Attention, output: Tensor, lse: Tensor) -> tuple[dict[str, Tensor | None], dict[str, float]]:
     """What the forward kernel takes, by the names of its arguments: tensors and numbers."""
-    queries, keys = a.query.shape[2], a.key.shape[2]
     tensors = {
         "q_desc": for_tma(a.query),
         "k_desc": for_tma(a.key),
@@ -162,33 +196,113 @@ def arguments_of(a: Attention, output: Tensor, lse: Tensor) -> tuple[dict[str, T
         # A view: what is fresh lies as TMA likes it.
         "o_desc": for_tma(output),
         "lse": lse,
-        "q_lengths": None if a.q_lengths is None else a.q_lengths.contiguous(),
-        "k_lengths": None if a.k_lengths is None else a.k_lengths.contiguous(),
+        **_lengths(a),
     }
-    everything = queries + keys
-    numbers = {
+    return tensors, {**_numbers(a, section_of(a)), "scale": a.scale * math.log2(math.e)}
+
+
+def _lengths(a: Attention) -> dict[str, Tensor | None]:
+    both = {"q_lengths": a.q_lengths, "k_lengths": a.k_lengths}
+    return {name: None if t is None else t.contiguous() for name, t in both.items()}
+
+
+def _numbers(a: Attention, section: int) -> dict[str, float]:
+    everything = a.query.shape[2] + a.key.shape[2]
+    return {
         "flags": (a.q_lengths is not None) + 2 * (a.k_lengths is not None) + 4 * a.bottom_right,
         "right": everything if a.window_right < 0 else min(a.window_right, everything),
-        "section": section_of(a),
-        "scale": a.scale * math.log2(math.e),
+        "section": section,
     }
-    return tensors, numbers
+
+
+class Backward:
+    """What the backward kernels take, by the names of their arguments, and how many programs each has; ``programs`` of
+    the main one run at a time, and the order in which gradients are added up depends on their number."""
+
+    def __init__(
+        self, a: Attention, output: Tensor, lse: Tensor, d_output: Tensor | None, d_lse: Tensor | None,
+        block: int, processors: int,
+    ) -> None:  # fmt: skip
+        device = a.query.device
+        batch, heads, queries, _ = a.query.shape
+        key_heads, keys = a.key.shape[1:3]
+        tiles = batch * key_heads * -(-keys // _KEYS)
+        self.programs = min(tiles, processors)
+        # Of the plan, with one round more, which ends it.
+        slots = self.programs * (-(-tiles // self.programs) + 1)
+        padded = -(-queries // 128) * 128
+        self.row_programs = max(batch * heads * padded // 64, -(-slots // 128))
+        self.gradients = tuple(empty_like_layout(t, t.size(3)) for t in (a.query, a.key, a.value))
+        # The one sum that is not made in registers.
+        self.d_query = torch.zeros(a.query.shape, dtype=torch.float32, device=device)
+        do_desc = for_tma(torch.zeros_like(output) if d_output is None else d_output)
+        stats = torch.empty((batch, heads, 2, padded), dtype=torch.float32, device=device)
+        plan = torch.empty((slots, _FIELDS), dtype=torch.int32, device=device)
+        numbers = _numbers(a, backward_section_of(a))
+        scale = a.scale * math.log2(math.e)
+        self.rows: tuple[dict[str, Tensor | None], dict[str, float]] = (
+            {
+                "o_desc": for_tma(output), "do_desc": do_desc, "lse": lse.contiguous(),
+                "d_lse": None if d_lse is None else d_lse.contiguous(), "stats": stats, "plan": plan, **_lengths(a),
+            },
+            {
+                **numbers, "flags": numbers["flags"] + 8 * (d_lse is not None), "programs": self.programs,
+                "heads": key_heads, "keys": keys, "padded": padded, "scale": scale,
+            },
+        )  # fmt: skip
+        self.main: tuple[dict[str, Tensor | None], dict[str, float]] = (
+            {
+                "q_desc": for_tma(a.query), "k_desc": for_tma(a.key), "v_desc": for_tma(a.value), "do_desc": do_desc,
+                "stats_desc": stats, "dq_desc": self.d_query, "dk_desc": for_tma(self.gradients[1]),
+                "dv_desc": for_tma(self.gradients[2]), "plan": plan,
+                "turns": torch.zeros((batch, heads, -(-queries // block)), dtype=torch.int32, device=device),
+            },
+            {"scale": scale},
+        )  # fmt: skip
+
+    def finish(self, a: Attention) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients, when the kernels have run."""
+        d_query, d_key, d_value = self.gradients
+        torch.mul(self.d_query, a.scale, out=d_query)
+        return d_query, d_key, d_value
+
+
+def _start(
+    name: str, arguments: tuple[dict[str, Tensor | None], dict[str, float]], programs: int, device: torch.device,
+    cooperative: bool = False,
+) -> None:  # fmt: skip
+    entry = (manifest() or {})[name]
+    given, plan, floats = plan_of(entry, *arguments)
+    with torch.cuda.device(device):
+        torch.ops.fastgru.cuda_launch(
+            given, str(CUBINS / entry["file"]), entry["symbol"], device.index, programs, cooperative, entry["threads"],
+            entry["shared"], plan, floats,
+        )  # fmt: skip
+
+
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _launch(a: Attention) -> tuple[Tensor, Tensor]:
     device = a.query.device
     output = empty_like_layout(a.query, a.value.size(3))
     lse = torch.empty(a.query.shape[:3], dtype=torch.float32, device=device)
-    entry = (manifest() or {})[_name(a)]
-    given, plan, floats = plan_of(entry, *arguments_of(a, output, lse))
     tiles = a.query.shape[0] * a.query.shape[1] * -(-a.query.shape[2] // _ROWS)
-    programs = min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
-    with torch.cuda.device(device):
-        torch.ops.fastgru.cuda_launch(
-            given, str(CUBINS / entry["file"]), entry["symbol"], device.index, programs, entry["threads"],
-            entry["shared"], plan, floats,
-        )  # fmt: skip
+    _start(_name(a), arguments_of(a, output, lse), min(tiles, _processors(device)), device)
     return output, lse
+
+
+def _launch_backward(
+    a: Attention, output: Tensor, lse: Tensor, d_output: Tensor | None, d_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    device = a.query.device
+    block = (manifest() or {})[_name(a, "backward")]["sizes"]["BLOCK_M"]
+    call = Backward(a, output, lse, d_output, d_lse, block, _processors(device))
+    _start(_name(a, "backward_rows"), call.rows, call.row_programs, device)
+    # Its programs wait for each other.
+    _start(_name(a, "backward"), call.main, call.programs, device, cooperative=True)
+    return call.finish(a)
 
 
 def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -204,17 +318,43 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
         try:
             return _launch(a)
         except RuntimeError as error:
-            reason = str(error)
-            if auto:
-                _broken.append(reason)
-                warnings.warn(f"fastgru's attention runs on 'triton': {reason}", RuntimeWarning, stacklevel=2)
+            reason = _failed(error)
     if not auto:
         raise registry.BackendUnavailable(f"backend 'gluon' cannot run this attention: {reason}")
     return triton_attention.attention(*arguments)
 
 
-# Nothing here to be differentiated by itself: the saved output and lse are what the other kernels save, too.
-attention_backward = triton_attention.attention_backward
+def _failed(error: RuntimeError) -> str:
+    """Why a launch failed, which ``auto`` says once, and then tries none again."""
+    reason = str(error)
+    if registry.requested() == registry.AUTO:
+        _broken.append(reason)
+        warnings.warn(f"fastgru's attention runs on 'triton': {reason}", RuntimeWarning, stacklevel=3)
+    return reason
+
+
+def attention_backward(
+    grad_output: Tensor | None, grad_lse: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backward operator; see :mod:`fastgru.ops.attention_schema`. What has no kernel here runs on those of
+    ``triton``: output and lse are what they save, too.
+
+    Raises:
+        BackendUnavailable: the kernel does not start, and the backend was asked for by name.
+    """
+    *inputs, output, lse, _ = arguments
+    a = Attention(*inputs)
+    auto = registry.requested() == registry.AUTO
+    if why_not_backward(a) is None and not (auto and _broken):
+        try:
+            grads = _launch_backward(a, output, lse, grad_output, grad_lse)
+            return *grads, torch.zeros(0, dtype=a.query.dtype, device=a.query.device)
+        except RuntimeError as error:
+            reason = _failed(error)
+        if not auto:
+            raise registry.BackendUnavailable(f"backend 'gluon' cannot run this attention's backward pass: {reason}")
+    return triton_attention.attention_backward(grad_output, grad_lse, *arguments)
+
 
 registry.register(
     registry.Backend(
@@ -224,5 +364,6 @@ registry.register(
         available=_available,
         supports=_supports,
         attention_only=True,
+        covers=covers,
     )
 )

@@ -43,6 +43,7 @@ class Backend:
             or by and large.
         refuses: where it does not take all sizes: None, or why it does not take these.
         attention_only: it has no GRU, and ``auto`` takes it for the attention that it was measured to be faster for.
+        covers: what :func:`explain` adds: which problems of a dtype it has kernels for.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Backend:
     wins: Callable[[torch.device, torch.dtype, Sizes | None], bool] | None = None
     refuses: Callable[[torch.device, torch.dtype, Sizes], str | None] | None = None
     attention_only: bool = False
+    covers: Callable[[torch.dtype], str] | None = None
 
     def why_not(self, device: str, dtype: torch.dtype) -> str | None:
         """None when this backend can run the problem, else the reason."""
@@ -237,9 +239,9 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
         if reason is None and name not in (AUTO, backend.name):
             reason = f"{name!r} was asked for"
         if reason is None and backend.attention_only:
-            lines.append(
-                f"  {backend.name}: for attention only{' where it was measured to be faster' * (name == AUTO)}"
-            )
+            where = " where it was measured to be faster" * (name == AUTO)
+            covers = "" if backend.covers is None else f"; {backend.covers(dtype)}"
+            lines.append(f"  {backend.name}: for attention only{where}{covers}")
             continue
         if reason is None and taken:
             reason = "a faster one is chosen"

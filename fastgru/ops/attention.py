@@ -20,13 +20,22 @@ _warned: set[str] = set()
 
 
 def _choose(arguments: tuple[Any, ...]) -> AttentionOps:
-    """The operators to call. A backend without attention, asked for by name, raises; ``auto`` goes on to the next that
-    has it, and says so once if no kernels are left."""
-    query = arguments[0]
+    """The operators to call: those of a backend, or under ``auto`` of two, one for each direction."""
+    ops = _choose_backend(arguments[0])
+    if arguments[0].is_cuda and registry.requested() == registry.AUTO and not torch.compiler.is_compiling():
+        forward, backward = gluon.faster(Attention(*arguments))
+        ops = AttentionOps(
+            ATTENTION_OPS["gluon"].forward if forward else ops.forward,
+            ATTENTION_OPS["gluon"].backward if backward else ops.backward,
+        )
+    return ops
+
+
+def _choose_backend(query: Tensor) -> AttentionOps:
+    """A backend without attention, asked for by name, raises; ``auto`` goes on to the next that has it, and says so
+    once if no kernels are left."""
     name = registry.select(query.device, query.dtype).name
     auto = registry.requested() == registry.AUTO
-    if query.is_cuda and auto and not torch.compiler.is_compiling() and gluon.faster(Attention(*arguments)):
-        name = "gluon"
     if name in ATTENTION_OPS:
         return ATTENTION_OPS[name]
     message = f"backend {name!r} has no attention; backends that have it: {', '.join(ATTENTION_OPS)}"
@@ -40,7 +49,7 @@ def _choose(arguments: tuple[Any, ...]) -> AttentionOps:
     successor = next(able)
     if successor == "reference" and message not in _warned and not torch.compiler.is_compiling():
         _warned.add(message)
-        warnings.warn(f"{message}; 'reference' runs instead", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{message}; 'reference' runs instead", RuntimeWarning, stacklevel=4)
     return ATTENTION_OPS[successor]
 
 

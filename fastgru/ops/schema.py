@@ -303,6 +303,6 @@ LIBRARY.define(
 )
 LIBRARY.define("cuda_load(str path, str symbol, int device, int shared) -> ()")
 LIBRARY.define(
-    "cuda_launch(Tensor(a!)[] tensors, str path, str symbol, int device, int programs, int threads, int shared, "
-    "int[] plan, float[] numbers) -> ()"
+    "cuda_launch(Tensor(a!)[] tensors, str path, str symbol, int device, int programs, bool cooperative, "
+    "int threads, int shared, int[] plan, float[] numbers) -> ()"
 )

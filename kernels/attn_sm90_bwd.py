@@ -1,0 +1,531 @@
+"""Attention backward for Hopper, in one pass: five products for a block of queries and a block of keys, not seven.
+
+    p_ij = 2^(c q_i . k_j - lse_i log2(e))    dp_ij = do_i . v_j    ds_ij = p_ij (dp_ij - delta_i)
+    dv_j = sum_i p_ij do_i    dk_j = scale sum_i ds_ij q_i    dq_i = scale sum_j ds_ij k_j
+
+with delta_i = do_i . o_i - dlse_i and c = scale log2(e) > 0. p is 0 where row i does not see key j; which it sees,
+reach and the diagonal are those of attn_sm90_fwd.py.
+
+One program per multiprocessor takes blocks of 128 keys of one key head, one after the other, as the plan says that the
+small kernel before it has written. For each it goes through the blocks of queries that see some of its keys, for every
+query head of the group. Two warpgroups compute 64 keys each, on scores that lie transposed, [keys, queries]: so p and
+ds go from registers into the products for dv and dk, whose sums stay in registers. ds also goes to shared memory,
+because dq sums over the keys of both: each warpgroup computes half of dq, half of its columns or, of 128 queries, half
+of its rows. A third group holds two warps: one has TMA fetch the tiles, through rings as in attn_sm90_fwd.py; the other
+has TMA add dq to float32 sums in memory. Products of scores and of dp begin with what is to be subtracted.
+
+The sums are added up in a fixed order, so that results are the same bits every time. For each block of queries a
+counter says how many blocks of keys have been added, and a program waits until all that come before its own have. To
+reach them at different times the blocks of keys of a head start at different queries, evenly spread or each at its
+diagonal. In one round (turn) they go up from there, and then from the first block that they need to where they started;
+in the next round down: under a causal mask the long blocks of one round meet the short ones of the next, and start as
+far apart as the others end. Of a head, blocks of keys of earlier rounds come first. Of the same round those come first
+that reach a block of queries in the first part of their way; in either part, going up, the higher blocks of keys, going
+down, the lower ones.
+
+Nothing waits in a circle. An addition waits for others of the same query head only: of earlier rounds; of the first
+part, in the second; of higher or lower blocks of keys in the same part. Every program makes its own in the order of
+rounds, heads of the group and parts. Take those that are not made and least in this order, and of these the highest,
+going down lowest, block of keys that has any: its next one waits for none. Its program gets there: all programs are
+resident, for the launch is cooperative, and within one the ring of dq drains into this addition.
+
+The order rests on this: the counter is read with acquire; a proxy fence puts TMA's additions after it; TMA's additions
+are waited for until they are written, which makes them visible to the warp that waited; that warp then raises the
+counter with release. One warp does all this, so that a warp barrier orders its threads.
+
+Descriptors, made by the host: q, do [B, Hq, Lq, D] in tiles of BLOCK_M rows; k, v, dk, dv [B, Hk, Lk, D] in tiles of
+64; stats [B, Hq, 2, L] float32, L a multiple of 128, in tiles of BLOCK_M columns; dq [B, Hq, Lq, D] float32 in tiles of
+64 x 64, zero at first, without the factor scale. What lies beyond a tensor reads as 0 and is not written. Pointers:
+turns [B, Hq, ceil(Lq / BLOCK_M)] int32, zero at first: the counters; plan [rounds + 1, programs, FIELDS] int32. scale
+is c.
+Saved by the forward pass: o and lse.
+
+Hidden NaN and infinity: scores begin with -inf and dp with 0 where a query does not see a key, so p and ds are 0 there,
+but 0 hides no NaN of the q, k, v and do that it meets. So NaN and infinity are taken out of keys and values, and, in a
+block of which not every row sees every key, out of q and do. Where they may be seen they come back by stats: a row
+whose lse or delta is not finite has NaN in all its p. For this every product q_i . k_j and do_i . v_j has to be finite
+in float32.
+"""
+
+import triton.language as tl
+from fastgru.kernels.attn_sm90_common import ROWS, has_odd, lengths_of, place_of, tile_of
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+#: Keys of a program at a time: 64 for each of the two warpgroups that compute.
+BLOCK_N = gl.constexpr(128)
+
+#: Numbers that the plan has for every tile, and the places of each.
+FIELDS = gl.constexpr(16)
+HEAD = gl.constexpr(0)
+BLOCK = gl.constexpr(1)
+FIRST = gl.constexpr(2)
+COUNT = gl.constexpr(3)
+START = gl.constexpr(4)
+WHOLE = gl.constexpr(5)
+WHOLE_END = gl.constexpr(6)
+REACH = gl.constexpr(7)
+Q_LENGTH = gl.constexpr(8)
+K_LENGTH = gl.constexpr(9)
+MATES = gl.constexpr(10)
+MATES_END = gl.constexpr(11)
+TURN = gl.constexpr(12)
+STEPS = gl.constexpr(13)
+NEXT = gl.constexpr(14)
+
+
+@gluon.jit
+def starts_of(q_length, keys, BLOCK_M: gl.constexpr):
+    """How many blocks of keys start at the same queries, and how many blocks of queries further the next ones do."""
+    end, blocks = gl.maximum(gl.cdiv(q_length, BLOCK_M), 1), gl.cdiv(keys, BLOCK_N)
+    return gl.cdiv(blocks, end), gl.maximum(end // blocks, 1)
+
+
+@gluon.jit
+def queries_of(block, q_length, k_length, reach, keys, BLOCK_M: gl.constexpr):
+    """First block of queries that sees some of a block of keys, how many do, and where a program starts."""
+    j0 = block * BLOCK_N
+    first = gl.maximum(j0 + 1 - reach, 0) // BLOCK_M
+    count = gl.where(j0 < k_length, gl.maximum(gl.cdiv(q_length, BLOCK_M) - first, 0), 0)
+    together, apart = starts_of(q_length, keys, BLOCK_M)
+    return first, count, gl.maximum(first, block // together * apart)
+
+
+@gluon.jit
+def queries_at(step, turn, first, count, start):
+    """The block of queries of a step: from ``start`` up and round, or in every other round from below it down."""
+    ahead = start - first + gl.where(turn % 2 == 0, step, count - 1 - step)
+    return first + gl.where(ahead >= count, ahead - count, ahead)
+
+
+@gluon.jit
+def queries_of_step(at, n):
+    """The block of queries of the n-th step, of all heads of the group, of a tile of the plan."""
+    count = gl.load(at + COUNT)
+    return queries_at(n % count, gl.load(at + TURN), gl.load(at + FIRST), count, gl.load(at + START))
+
+
+@gluon.jit
+def mates_of(turn, head, heads, blocks, programs, section):
+    """The blocks of keys of a head, of all sequences, that are taken in a round: first and end."""
+    group = head // section
+    width = gl.minimum(section, heads - group * section)
+    begin = turn * programs - group * section * blocks - head % section
+    first = gl.cdiv(gl.maximum(begin, 0), width)
+    return first, gl.minimum(gl.cdiv(gl.maximum(begin + programs, 0), width), blocks)
+
+
+@gluon.jit
+def added_before(queries, block, turn, mates, end, together, apart, k_length, reach, BLOCK_M: gl.constexpr):
+    """How many blocks of keys are added to a block of queries before ``block`` is, one of [mates, end) of this round.
+    What a block of keys is seen by, those before it are, too."""
+    end = gl.minimum(end, gl.cdiv(k_length, BLOCK_N))
+    # Of those that are seen the first ones start at these queries or before.
+    end = gl.minimum(end, ((queries + 1) * BLOCK_M + reach - 2 + BLOCK_N) // BLOCK_N)
+    middle = gl.maximum(gl.minimum(end, (queries // apart + 1) * together), mates)
+    up = gl.where(block < middle, middle - 1 - block, middle - mates + end - 1 - block)
+    down = gl.where(block < middle, end - middle + block - mates, block - middle)
+    return mates + gl.where(turn % 2 == 0, up, down)
+
+
+@gluon.jit
+def write_plan(
+    plan, programs, batch, heads, group, queries, keys, q_lengths, k_lengths, flags, right, section,
+    BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """The tiles of 128 programs and turns, one for each thread."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    blocks = gl.cdiv(keys, BLOCK_N)
+    tiles = batch * heads * blocks
+    slot = gl.program_id(0) * 128 + gl.arange(0, 128, layout)
+    turn, program = slot // programs, slot % programs
+    tile = tile_of(turn, program, programs)
+    here = tile < tiles
+    # The first block of keys, which most queries see under a causal mask, of every head comes first.
+    head, last = place_of(gl.where(here, tile, 0), batch * heads, blocks, section)
+    block = blocks - 1 - last
+    q_length, k_length = lengths_of(head // heads, q_lengths, k_lengths, flags, queries, keys)
+    reach = right + 1 + gl.where(flags & 4 != 0, k_length - q_length, 0)
+    first, count, start = queries_of(block, q_length, k_length, reach, keys, BLOCK_M)
+    # Where every row sees every key.
+    whole_end = gl.where((block + 1) * BLOCK_N <= k_length, q_length // BLOCK_M, 0)
+    mates, mates_end = mates_of(turn, head, batch * heads, blocks, programs, section)
+    at = plan + slot * FIELDS
+    # One round more, of no tiles: each program's last.
+    given = slot < (gl.cdiv(tiles, programs) + 1) * programs
+    gl.store(at + HEAD, gl.where(here, head, -1), mask=given)
+    gl.store(at + BLOCK, block, mask=given)
+    gl.store(at + FIRST, first, mask=given)
+    gl.store(at + COUNT, count, mask=given)
+    gl.store(at + START, start, mask=given)
+    gl.store(at + WHOLE, gl.cdiv(gl.maximum((block + 1) * BLOCK_N - reach, 0), BLOCK_M), mask=given)
+    gl.store(at + WHOLE_END, whole_end, mask=given)
+    gl.store(at + REACH, reach, mask=given)
+    gl.store(at + Q_LENGTH, q_length, mask=given)
+    gl.store(at + K_LENGTH, k_length, mask=given)
+    gl.store(at + MATES, mates, mask=given)
+    gl.store(at + MATES_END, mates_end, mask=given)
+    gl.store(at + TURN, turn, mask=given)
+    gl.store(at + STEPS, group * count, mask=given)
+    gl.store(at + NEXT, programs * FIELDS, mask=given)
+
+
+@gluon.jit
+def hide(x, value, at, i0, WHO: gl.constexpr):
+    """What the sums of a warpgroup's keys and the queries from i0 on begin with: ``value`` where a query does not see a
+    key. As keep_below of attn_sm90_common.py, by the first column that sees each row."""
+    layout: gl.constexpr = x.type.layout
+    parts = x.reshape([x.shape[0], x.shape[1] // 8, 8])
+    inner: gl.constexpr = parts.type.layout
+    j = gl.load(at + BLOCK) * BLOCK_N + WHO * ROWS
+    j += gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, inner)))
+    first = gl.where(j < gl.load(at + K_LENGTH), j + 1 - gl.load(at + REACH) - i0, x.shape[1])
+    high = gl.arange(0, x.shape[1] // 8, gl.SliceLayout(0, gl.SliceLayout(2, inner)))
+    low = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, inner)))
+    left = first[:, None] - 8 * high[None, :]
+    parts = gl.where(low[None, None, :] >= left[:, :, None], parts, value)
+    return gl.convert_layout(parts.reshape(x.shape), layout, assert_trivial=True)
+
+
+@gluon.jit
+def make_finite(tile, LENGTH: gl.constexpr, D: gl.constexpr):
+    """Puts 0 in the place of NaN and a large number in that of infinity, in a tile [LENGTH, D] of shared memory: an
+    infinite key has to stay far away; 2^59, of which products can still be summed, or 65504."""
+    across: gl.constexpr = min(32, D // 8)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+    exponent: gl.constexpr = 0x7F80 if tile.dtype == gl.bfloat16 else 0x7C00
+    large: gl.constexpr = 0x5D00 if tile.dtype == gl.bfloat16 else 0x7BFF
+    for part in gl.static_range(LENGTH // 32):
+        room = tile.slice(32 * part, 32)
+        bits = room.load(layout).to(gl.int16, bitcast=True)
+        size = bits & 0x7FFF
+        limited = gl.where(size == exponent, bits - (exponent - large), gl.where(size > exponent, 0, bits))
+        room.store(limited.to(gl.int16).to(tile.dtype, bitcast=True))
+
+
+@gluon.jit
+def fence_async_global():
+    """What was read from memory comes before what TMA does to it from here on."""
+    gl.inline_asm("fence.proxy.async.global;", "", [], [], is_pure=False)
+
+
+@gluon.jit
+def attention_backward_rows(
+    o_desc, do_desc, lse, d_lse, stats, plan, q_lengths, k_lengths, flags, right, section, programs, heads, keys,
+    padded, scale, BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """Before the other kernel: what the sums of each row of queries begin with, and the plan.
+
+    Descriptors: o, do [B, Hq, Lq, D] in tiles of 64 rows. Pointers: lse and, or null (bit 3 of ``flags``), d_lse
+    [B, Hq, Lq] float32 contiguous; stats [B, Hq, 2, padded], written: -lse / c, log2(e) times, and -delta. A row that
+    sees nothing has -inf and 0; one with NaN or infinity in o or do has NaN first, which makes its p NaN. plan
+    [tiles, FIELDS] int32, written. Programs: enough for the rows, 64 each, and for the plan, 128 tiles each.
+    """
+    D: gl.constexpr = o_desc.block_shape[3]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    batch, query_heads, queries = o_desc.shape[0], o_desc.shape[1], o_desc.shape[2]
+    write_plan(
+        plan, programs, batch, heads, query_heads // heads, queries, keys, q_lengths, k_lengths, flags, right, section,
+        BLOCK_M,
+    )  # fmt: skip
+    blocks = padded // 64
+    head = gl.program_id(0) // blocks
+    if head < batch * query_heads:
+        o_tile = gl.allocate_shared_memory(o_desc.dtype, o_desc.block_shape, o_desc.layout)
+        do_tile = gl.allocate_shared_memory(do_desc.dtype, do_desc.block_shape, do_desc.layout)
+        full = mbarrier.allocate_mbarrier()
+        mbarrier.init(full, count=1)
+        fence_async_shared()
+        i0 = gl.program_id(0) % blocks * 64
+        b, h = head // query_heads, head % query_heads
+        mbarrier.expect(full, o_desc.nbytes_per_cta + do_desc.nbytes_per_cta)
+        tma.async_load(o_desc, [b, h, i0, 0], full, o_tile)
+        tma.async_load(do_desc, [b, h, i0, 0], full, do_tile)
+        i = i0 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+        row = head.to(gl.int64) * queries + i
+        row_lse = gl.load(lse + row, mask=i < queries, other=float("-inf"))
+        row_d_lse = gl.load(d_lse + row, mask=(i < queries) & (flags & 8 != 0), other=0.0)
+        mbarrier.wait(full, 0)
+        out = o_tile.reshape([64, D]).load(layout).to(gl.float32)
+        d_out = do_tile.reshape([64, D]).load(layout).to(gl.float32)
+        delta = gl.sum(out * d_out, 1) - row_d_lse
+        empty = row_lse == float("-inf")
+        first = gl.where(delta - delta == 0.0, row_lse * (-1.4426950408889634 / scale), float("nan"))
+        at = stats + head.to(gl.int64) * 2 * padded + i
+        gl.store(at, gl.where(empty, float("-inf"), first))
+        gl.store(at + padded, gl.where(empty, 0.0, -delta))
+
+
+@gluon.jit
+def produce(
+    q_desc, k_desc, v_desc, do_desc, stats_desc, plan, rings, barriers, BLOCK_M: gl.constexpr, STAGES: gl.constexpr
+):
+    """The warp that fetches."""
+    q_ring, do_ring, stats_ring, k_room, v_room = rings
+    q_full, q_empty, do_full, do_empty, keys_full, keys_empty = barriers
+    heads = k_desc.shape[1]
+    group = q_desc.shape[1] // heads
+    done = 0
+    at = plan
+    while gl.load(at + HEAD) >= 0:
+        turn = gl.load(at + TURN)
+        first = gl.load(at + FIRST)
+        count = gl.load(at + COUNT)
+        start = gl.load(at + START)
+        b, h = gl.load(at + HEAD) // heads, gl.load(at + HEAD) % heads
+        mbarrier.wait(keys_empty, (turn & 1) ^ 1)
+        mbarrier.expect(keys_full, 2 * k_desc.nbytes_per_cta + 2 * v_desc.nbytes_per_cta)
+        for half in gl.static_range(2):
+            j0 = gl.load(at + BLOCK) * BLOCK_N + half * ROWS
+            tma.async_load(k_desc, [b, h, j0, 0], keys_full, k_room.index(half))
+            tma.async_load(v_desc, [b, h, j0, 0], keys_full, v_room.index(half))
+        for query_head in range(h * group, h * group + group):
+            for step in range(count):
+                i0 = queries_at(step, turn, first, count, start) * BLOCK_M
+                slot = done % STAGES
+                phase = (done // STAGES & 1) ^ 1
+                mbarrier.wait(q_empty.index(slot), phase)
+                mbarrier.expect(q_full.index(slot), q_desc.nbytes_per_cta + stats_desc.nbytes_per_cta)
+                tma.async_load(q_desc, [b, query_head, i0, 0], q_full.index(slot), q_ring.index(slot))
+                tma.async_load(stats_desc, [b, query_head, 0, i0], q_full.index(slot), stats_ring.index(slot))
+                mbarrier.wait(do_empty.index(slot), phase)
+                mbarrier.expect(do_full.index(slot), do_desc.nbytes_per_cta)
+                tma.async_load(do_desc, [b, query_head, i0, 0], do_full.index(slot), do_ring.index(slot))
+                done += 1
+        at += gl.load(at + NEXT)
+
+
+@gluon.jit
+def add_queries(
+    dq_desc, k_desc, turns, plan, dq_ring, dq_full, dq_empty, BLOCK_M: gl.constexpr, DQ_STAGES: gl.constexpr
+):
+    """The warp that adds dq up."""
+    heads = k_desc.shape[1]
+    group = dq_desc.shape[1] // heads
+    done = 0
+    at = plan
+    while gl.load(at + HEAD) >= 0:
+        b, h = gl.load(at + HEAD) // heads, gl.load(at + HEAD) % heads
+        together, apart = starts_of(gl.load(at + Q_LENGTH), k_desc.shape[2], BLOCK_M)
+        for query_head in range(h * group, h * group + group):
+            for step in range(gl.load(at + COUNT)):
+                turn = gl.load(at + TURN)
+                i = queries_at(step, turn, gl.load(at + FIRST), gl.load(at + COUNT), gl.load(at + START))
+                before = added_before(
+                    i, gl.load(at + BLOCK), turn, gl.load(at + MATES), gl.load(at + MATES_END), together, apart,
+                    gl.load(at + K_LENGTH), gl.load(at + REACH), BLOCK_M,
+                )  # fmt: skip
+                row = (b * dq_desc.shape[1] + query_head).to(gl.int64)
+                counter = turns + row * gl.cdiv(dq_desc.shape[2], BLOCK_M) + i
+                slot = done % DQ_STAGES
+                for half in gl.static_range(2):
+                    mbarrier.wait(dq_full.index(2 * slot + half), done // DQ_STAGES & 1)
+                gl.atomic_poll(counter, before, sem="acquire", scope="gpu")
+                fence_async_global()
+                for half in gl.static_range(2):
+                    if BLOCK_M == 64:
+                        place = [b, query_head, i * BLOCK_M, half * 64]
+                    else:
+                        place = [b, query_head, i * BLOCK_M + half * 64, 0]
+                    tma.async_atomic_add(dq_desc, place, dq_ring.index(2 * slot + half))
+                tma.store_wait(0)
+                mbarrier.arrive(dq_empty.index(slot))
+                tma.store_wait(0, read_only=False)
+                gl.barrier()
+                gl.atomic_add(counter, 1, sem="release", scope="gpu")
+                done += 1
+        at += gl.load(at + NEXT)
+
+
+@gluon.jit
+def operands_of_dq(ds, k_room, HALF: gl.constexpr, WHO: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr):
+    """ds [64, 64 keys] and the keys [64 keys, 64] that one half of the keys adds to one half of dq."""
+    keys = k_room.index(HALF).reshape([ROWS, D])
+    if BLOCK_M == 64:
+        return ds.permute([1, 0]), keys.slice(64 * WHO, 64, dim=1)
+    else:
+        return ds.slice(64 * WHO, 64, dim=1).permute([1, 0]), keys
+
+
+@gluon.jit
+def consume(
+    dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_ring, barriers, ds_full, ds_empty, dq_full, dq_empty,
+    WHO: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr, DQ_STAGES: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup that computes keys [64 WHO, 64 WHO + 64) of every block.
+
+    Registers are short: what a step needs to know is read from the plan anew, and nothing is kept over a loop that can
+    be computed in it.
+    """
+    D: gl.constexpr = dk_desc.block_shape[3]
+    dtype: gl.constexpr = dk_desc.dtype
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    query_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
+
+    q_ring, do_ring, stats_ring, k_room, v_room = rings
+    q_full, q_empty, do_full, do_empty, keys_full, keys_empty = barriers
+    no_scores = gl.zeros([ROWS, BLOCK_M], gl.float32, scores)
+    no_sums = gl.zeros([64, 64], gl.float32, query_sums)
+    k = k_room.index(WHO).reshape([ROWS, D])
+    v = v_room.index(WHO).reshape([ROWS, D])
+    done = 0
+    at = plan
+    while tl.condition(gl.load(at + HEAD) >= 0, disable_licm=True):
+        dk = gl.zeros([ROWS, D], gl.float32, sums)
+        dv = gl.zeros([ROWS, D], gl.float32, sums)
+        mbarrier.wait(keys_full, gl.load(at + TURN) & 1)
+        if has_odd(k, ROWS, D) | has_odd(v, ROWS, D):
+            make_finite(k, ROWS, D)
+            make_finite(v, ROWS, D)
+            fence_async_shared()
+            gl.barrier()
+        for n in tl.range(0, gl.load(at + STEPS), disable_licm=True):
+            slot = done % STAGES
+            phase = done // STAGES & 1
+            ds_slot = done % DS_STAGES
+            ds_phase = done // DS_STAGES & 1
+            q = q_ring.index(slot).reshape([BLOCK_M, D])
+            do = do_ring.index(slot).reshape([BLOCK_M, D])
+            stats = stats_ring.index(slot).reshape([2, BLOCK_M])
+            own = ds_ring.index(2 * ds_slot + WHO)
+            other = ds_ring.index(2 * ds_slot + 1 - WHO)
+
+            mbarrier.wait(q_full.index(slot), phase)
+            mbarrier.wait(do_full.index(slot), phase)
+            i = queries_of_step(at, n)
+            part = (i < gl.load(at + WHOLE)) | (i >= gl.load(at + WHOLE_END))
+            if part:
+                # The other warpgroup does the same, maybe later: it writes what is already there.
+                if has_odd(q, BLOCK_M, D) | has_odd(do, BLOCK_M, D):
+                    make_finite(q, BLOCK_M, D)
+                    make_finite(do, BLOCK_M, D)
+                fence_async_shared()
+                gl.barrier()
+            s, _ = gl.broadcast(stats.slice(0, 1).load(scores), no_scores)
+            dp, _ = gl.broadcast(stats.slice(1, 1).load(scores), no_scores)
+            if part:
+                s = hide(s, float("-inf"), at, i * BLOCK_M, WHO)
+                dp = hide(dp, 0.0, at, i * BLOCK_M, WHO)
+            s = warpgroup_mma(k, q.permute([1, 0]), s, is_async=True)
+            dp = warpgroup_mma(v, do.permute([1, 0]), dp, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
+            p = gl.exp2(s * scale)
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            slopes = (p * dp).to(dtype)
+            weights = gl.convert_layout(p.to(dtype), operand, assert_trivial=True)
+            dv = warpgroup_mma(weights, do, dv, is_async=True)
+            mbarrier.wait(ds_empty.index(ds_slot), ds_phase ^ 1)
+            own.store(slopes)
+            fence_async_shared()
+            mbarrier.arrive(ds_full.index(2 * ds_slot + WHO))
+            mbarrier.wait(ds_full.index(2 * ds_slot + WHO), ds_phase)
+            left, right = operands_of_dq(own, k_room, WHO, WHO, BLOCK_M, D)
+            dq = warpgroup_mma(left, right, no_sums, use_acc=False, is_async=True)
+            mbarrier.wait(ds_full.index(2 * ds_slot + 1 - WHO), ds_phase)
+            left, right = operands_of_dq(other, k_room, 1 - WHO, WHO, BLOCK_M, D)
+            dq = warpgroup_mma(left, right, dq, is_async=True)
+            slopes = gl.convert_layout(slopes, operand, assert_trivial=True)
+            dk = warpgroup_mma(slopes, q, dk, is_async=True)
+            dv, dq, weights = warpgroup_mma_wait(1, deps=[dv, dq, weights])
+            mbarrier.arrive(do_empty.index(slot))
+            mbarrier.arrive(ds_empty.index(ds_slot))
+            # While dk is computed.
+            dq_slot = done % DQ_STAGES
+            mbarrier.wait(dq_empty.index(dq_slot), (done // DQ_STAGES & 1) ^ 1)
+            dq_ring.index(2 * dq_slot + WHO).reshape([64, 64]).store(dq)
+            fence_async_shared()
+            mbarrier.arrive(dq_full.index(2 * dq_slot + WHO))
+            dk, slopes = warpgroup_mma_wait(0, deps=[dk, slopes])
+            mbarrier.arrive(q_empty.index(slot))
+            done += 1
+
+        # In the places of k and v: of v this warpgroup reads its own half only, of k the other one does for dq.
+        v.store(dv.to(dtype))
+        if done > 0:
+            mbarrier.wait(ds_empty.index((done - 1) % DS_STAGES), (done - 1) // DS_STAGES & 1)
+        k.store((dk * (scale * 0.6931471805599453)).to(dtype))
+        fence_async_shared()
+        head = gl.load(at + HEAD)
+        heads = dk_desc.shape[1]
+        j0 = gl.load(at + BLOCK) * BLOCK_N + WHO * ROWS
+        tma.async_store(dv_desc, [head // heads, head % heads, j0, 0], v_room.index(WHO))
+        tma.async_store(dk_desc, [head // heads, head % heads, j0, 0], k_room.index(WHO))
+        tma.store_wait(0)
+        mbarrier.arrive(keys_empty)
+        at += gl.load(at + NEXT)
+
+
+@gluon.jit
+def attention_backward(
+    q_desc, k_desc, v_desc, do_desc, stats_desc, dq_desc, dk_desc, dv_desc, turns, plan, scale,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr, DQ_STAGES: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    swizzled: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], dtype)
+    q_ring = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_shape, q_desc.layout)
+    do_ring = gl.allocate_shared_memory(dtype, [STAGES] + do_desc.block_shape, do_desc.layout)
+    stats_ring = gl.allocate_shared_memory(gl.float32, [STAGES] + stats_desc.block_shape, stats_desc.layout)
+    k_room = gl.allocate_shared_memory(dtype, [2] + k_desc.block_shape, k_desc.layout)
+    v_room = gl.allocate_shared_memory(dtype, [2] + v_desc.block_shape, v_desc.layout)
+    ds_ring = gl.allocate_shared_memory(dtype, [2 * DS_STAGES, ROWS, BLOCK_M], swizzled)
+    dq_ring = gl.allocate_shared_memory(gl.float32, [2 * DQ_STAGES] + dq_desc.block_shape, dq_desc.layout)
+    q_full = mbarrier.allocate_mbarrier(batch=STAGES)
+    q_empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    do_full = mbarrier.allocate_mbarrier(batch=STAGES)
+    do_empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    ds_full = mbarrier.allocate_mbarrier(batch=2 * DS_STAGES)
+    ds_empty = mbarrier.allocate_mbarrier(batch=DS_STAGES)
+    dq_full = mbarrier.allocate_mbarrier(batch=2 * DQ_STAGES)
+    dq_empty = mbarrier.allocate_mbarrier(batch=DQ_STAGES)
+    keys = mbarrier.allocate_mbarrier(batch=2)
+    for n in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(n), count=1)
+        mbarrier.init(do_full.index(n), count=1)
+        mbarrier.init(q_empty.index(n), count=2)
+        mbarrier.init(do_empty.index(n), count=2)
+    for n in gl.static_range(DS_STAGES):
+        mbarrier.init(ds_full.index(2 * n), count=1)
+        mbarrier.init(ds_full.index(2 * n + 1), count=1)
+        mbarrier.init(ds_empty.index(n), count=2)
+    for n in gl.static_range(DQ_STAGES):
+        mbarrier.init(dq_full.index(2 * n), count=1)
+        mbarrier.init(dq_full.index(2 * n + 1), count=1)
+        mbarrier.init(dq_empty.index(n), count=1)
+    mbarrier.init(keys.index(0), count=1)
+    mbarrier.init(keys.index(1), count=2)
+    fence_async_shared()
+
+    plan += gl.program_id(0) * FIELDS
+    rings = (q_ring, do_ring, stats_ring, k_room, v_room)
+    barriers = (q_full, q_empty, do_full, do_empty, keys.index(0), keys.index(1))
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_ring, barriers, ds_full, ds_empty, dq_full,
+                    dq_empty, 0, BLOCK_M, STAGES, DS_STAGES, DQ_STAGES,
+                ),
+            ),
+            (
+                consume,
+                (
+                    dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_ring, barriers, ds_full, ds_empty, dq_full,
+                    dq_empty, 1, BLOCK_M, STAGES, DS_STAGES, DQ_STAGES,
+                ),
+            ),
+            (produce, (q_desc, k_desc, v_desc, do_desc, stats_desc, plan, rings, barriers, BLOCK_M, STAGES)),
+            (add_queries, (dq_desc, k_desc, turns, plan, dq_ring, dq_full, dq_empty, BLOCK_M, DQ_STAGES)),
+        ],
+        [4, 1, 1],
+        [232, 40, 40],
+    )  # fmt: skip
