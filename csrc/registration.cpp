@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgru, CPU, m) {
   m.impl("cpu_gru_backward", TORCH_BOX(&fastgru::gru_backward));
   m.impl("cpu_attention", TORCH_BOX(&fastgru::attention));
   m.impl("cpu_attention_backward", TORCH_BOX(&fastgru::attention_backward));
+  m.impl("cpu_plain_attention", TORCH_BOX(&fastgru::plain_attention));
+  m.impl("cpu_plain_attention_backward", TORCH_BOX(&fastgru::plain_attention_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgru, CompositeExplicitAutograd, m) {

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgru
 from fastgru import flash_attn
@@ -333,9 +334,88 @@ def test_a_backend_without_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastgru.ops.attention._warned", set())
     if fastgru.explain().count("cpu: chosen"):
         with pytest.warns(RuntimeWarning, match="'cpu' has no attention"):
-            fastgru.flash_attention(*qkv())
+            fastgru.flash_attention(*qkv(), return_lse=True)
         with fastgru.use_backend("cpu"), pytest.raises(fastgru.BackendUnavailable, match="has no attention"):
-            fastgru.flash_attention(*qkv())
+            fastgru.flash_attention(*qkv(), return_lse=True)
+
+
+# ---- the operators of few arguments ----
+
+
+class Recorded(TorchDispatchMode):
+    """The names of the operators of attention that do not refuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "fastgru":
+            self.names.append(func._schema.name.removeprefix("fastgru::cpu_"))
+        return result
+
+
+PLAIN: list[tuple[str, dict[str, Any]]] = [
+    ("all", {}),
+    ("causal", {"causal": True}),
+    ("top left", {"causal": True, "causal_align": "top_left"}),
+    ("scale", {"scale": 0.3}),
+    ("groups", {"enable_gqa": True}),
+    ("mask of keys", {"attn_mask": torch.tensor([True, False, True, True, False, True, True])}),
+    ("mask of scores", {"attn_mask": torch.rand(5, 7) < 0.5, "causal": True}),
+    ("mask of heads", {"attn_mask": torch.rand(4, 5, 1) < 0.7}),
+    ("mask of all", {"attn_mask": torch.rand(2, 1, 5, 7) < 0.5}),
+]
+
+
+@pytest.mark.skipif(fastgru._lib.load_error is not None, reason="they are the C++ library's")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [options for _, options in PLAIN], ids=[name for name, _ in PLAIN])
+def test_few_arguments_compute_the_same(options: dict[str, Any], dtype: torch.dtype) -> None:
+    heads = 2 if options.get("enable_gqa") else 4
+    tensors = [draw(2, 5, 4, 20, dtype=dtype), *(draw(2, heads, 7, columns, dtype=dtype) for columns in (20, 33))]
+    tensors[0] = tensors[0].detach().transpose(1, 2).requires_grad_()
+    # Lengths that hide nothing ask for the long way.
+    results, names = [], []
+    for extra in ({}, {"q_lengths": torch.tensor([5, 5])}):
+        with Recorded() as recorded:
+            results.append(with_gradients(tensors, **options, **extra))
+            with torch.no_grad():
+                results[-1].append(fastgru.flash_attention(*tensors, **options, **extra))
+        names.append(recorded.names)
+    assert names[0] == ["plain_attention", "plain_attention_backward", "plain_attention"]
+    assert names[1] == ["attention", "attention_backward", "attention"]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+@pytest.mark.skipif(fastgru._lib.load_error is not None, reason="they are the C++ library's")
+def test_few_arguments_where_nothing_else_is_asked_for() -> None:
+    tensors = qkv()
+
+    def names(function: Callable[[], Any]) -> list[str]:
+        with Recorded() as recorded:
+            function()
+        return recorded.names
+
+    q, k, v = tensors
+    sdpa = fastgru.scaled_dot_product_attention
+    assert names(lambda: sdpa(q, k, v)) == ["plain_attention"]
+    assert names(lambda: sdpa(q[:, 0], k[:, 0], v[:, 0])) == ["plain_attention"]
+    assert names(lambda: sdpa(q, k[:, :1], v[:, :1])) == ["plain_attention"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert names(lambda: sdpa(q, k, v)) == ["attention"]
+    assert names(lambda: sdpa(q, k, v, torch.zeros(5, 7))) == ["attention"]
+    assert names(lambda: fastgru.flash_attention(q, k, v, softcap=2.0)) == ["attention"]
+    assert names(lambda: vmap(sdpa)(*(t[None] for t in tensors))) == []
+    with fastgru.use_backend("reference"):
+        assert names(lambda: sdpa(q, k, v)) == ["fastgru::reference_attention"]
+    # What is to be differentiated again.
+    grads = torch.autograd.grad(sdpa(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(torch.autograd.grad(sdpa(q, k, v).sum(), q)[0].sum(), k)
+    assert torch.autograd.grad(grads[0].sum(), k)[0].any()
 
 
 # ---- memory ----

@@ -86,14 +86,16 @@ struct Problem {
   }
 
   PerScore per_score(const Tensor& t, ScalarType type) {
-    const int64_t whole[4] = {s.B, s.Hq, s.Lq, s.Lk};
-    STD_TORCH_CHECK(t.scalar_type() == type && t.dim() == 4, "fastgru: bias or mask has a wrong dtype or rank");
-    held.push_back(t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t));
+    const int64_t whole[4] = {s.B, s.Hq, s.Lq, s.Lk}, dims = t.dim();
+    STD_TORCH_CHECK(t.scalar_type() == type && dims >= 1 && dims <= 4,
+                    "fastgru: bias or mask has a wrong dtype or rank");
+    held.push_back(t.size(dims - 1) == 1 || t.stride(dims - 1) == 1 ? t : torch::stable::contiguous(t));
     const Tensor& own = held.back();
-    int64_t stride[4];
-    for (int d = 0; d < 4; ++d) {
-      STD_TORCH_CHECK(own.size(d) == 1 || own.size(d) == whole[d], "fastgru: bias or mask has a wrong shape");
-      stride[d] = own.size(d) == 1 ? 0 : own.stride(d);
+    int64_t stride[4] = {};
+    for (int64_t d = 4 - dims; d < 4; ++d) {
+      const int64_t size = own.size(d - 4 + dims);
+      STD_TORCH_CHECK(size == 1 || size == whole[d], "fastgru: bias or mask has a wrong shape");
+      stride[d] = size == 1 ? 0 : own.stride(d - 4 + dims);
     }
     return {own.const_data_ptr(), stride[0], stride[1], stride[2], stride[3]};
   }
@@ -124,10 +126,12 @@ std::tuple<Tensor, Tensor> attention(FASTGRU_ATTENTION_PARAMETERS) {
   return {output, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const OptionalTensor& grad_output,
-                                                              const OptionalTensor& grad_lse,
-                                                              FASTGRU_ATTENTION_PARAMETERS, const Tensor& output,
-                                                              const Tensor& lse, bool need_bias_grad) {
+namespace {
+
+// Also of bias, into d_bias, unless that is null.
+std::tuple<Tensor, Tensor, Tensor> gradients(const OptionalTensor& grad_output, const OptionalTensor& grad_lse,
+                                             FASTGRU_ATTENTION_PARAMETERS, const Tensor& output, const Tensor& lse,
+                                             Tensor* d_bias) {
   Problem problem(FASTGRU_ATTENTION_ARGUMENTS);
   const AttentionShape& s = problem.s;
   AttentionBackward b{};
@@ -147,17 +151,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const OptionalTens
   if (grad_lse) b.d_lse = problem.hold(*grad_lse).const_data_ptr();
   Tensor dq = empty_like_layout(query, s.D), dk = empty_like_layout(key, s.D), dv = empty_like_layout(value, s.Dv);
   b.dq = heads(dq), b.dk = heads(dk), b.dv = heads(dv);
-  const bool wants_bias = need_bias_grad && bias.has_value();
-  std::vector<int64_t> bias_shape = {0};
-  if (wants_bias) {
-    bias_shape.assign({bias->size(0), bias->size(1), bias->size(2), bias->size(3)});
-    for (int d = 0; d < 4; ++d) b.d_bias_shape[d] = bias_shape[size_t(d)];
+  if (d_bias) {
+    b.d_bias = d_bias->mutable_data_ptr();
+    for (int d = 0; d < 4; ++d) b.d_bias_shape[d] = d_bias->size(d);
   }
-  Tensor d_bias = contiguous_tensor(dtype_code(query), bias_shape);
-  if (wants_bias) b.d_bias = d_bias.mutable_data_ptr();
   Arena arena;
   current_engine().attention_backward[int(problem.dtype)](b, torch_threads(), arena.scratch());
+  return {dq, dk, dv};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const OptionalTensor& grad_output,
+                                                              const OptionalTensor& grad_lse,
+                                                              FASTGRU_ATTENTION_PARAMETERS, const Tensor& output,
+                                                              const Tensor& lse, bool need_bias_grad) {
+  const bool wants_bias = need_bias_grad && bias.has_value();
+  std::vector<int64_t> shape = {0};
+  if (wants_bias) shape = {bias->size(0), bias->size(1), bias->size(2), bias->size(3)};
+  Tensor d_bias = contiguous_tensor(dtype_code(query), shape);
+  auto [dq, dk, dv] =
+      gradients(grad_output, grad_lse, FASTGRU_ATTENTION_ARGUMENTS, output, lse, wants_bias ? &d_bias : nullptr);
   return {dq, dk, dv, d_bias};
+}
+
+namespace {
+
+double plain_scale(const Tensor& query, const Tensor& key, std::optional<double> scale, bool grouped) {
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && (grouped || query.size(1) == key.size(1)) && query.size(3) > 0,
+                  "fastgru: expected [B, H, L, D], as many heads of query as of key, and D > 0");
+  return scale ? *scale : 1 / std::sqrt(double(query.size(3)));
+}
+
+#define FASTGRU_OF_PLAIN_ARGUMENTS                                                                                 \
+  query, key, value, {}, mask, {}, {}, {}, {}, 0, plain_scale(query, key, scale, grouped), 0, -1, causal ? 0 : -1, \
+      bottom_right
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> plain_attention(FASTGRU_PLAIN_PARAMETERS) { return attention(FASTGRU_OF_PLAIN_ARGUMENTS); }
+
+std::tuple<Tensor, Tensor, Tensor> plain_attention_backward(const Tensor& grad_output, FASTGRU_PLAIN_PARAMETERS,
+                                                            const Tensor& output, const Tensor& lse) {
+  auto [dq, dk, dv] = gradients(grad_output, {}, FASTGRU_OF_PLAIN_ARGUMENTS, output, lse, nullptr);
+  return {dq, dk, dv};
 }
 
 }  // namespace fastgru

@@ -23,4 +23,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const OptionalTens
                                                               FASTGRU_ATTENTION_PARAMETERS, const Tensor& output,
                                                               const Tensor& lse, bool need_bias_grad);
 
+// Without options: the same with few arguments, because it takes longer to pass fifteen than to compute a small
+// problem. The mask has one to four dimensions. Query has the heads of key, or with `grouped` a multiple of them.
+#define FASTGRU_PLAIN_PARAMETERS                                                           \
+  const Tensor &query, const Tensor &key, const Tensor &value, const OptionalTensor &mask, \
+      std::optional<double> scale, bool causal, bool bottom_right, bool grouped
+
+std::tuple<Tensor, Tensor> plain_attention(FASTGRU_PLAIN_PARAMETERS);
+std::tuple<Tensor, Tensor, Tensor> plain_attention_backward(const Tensor& grad_output, FASTGRU_PLAIN_PARAMETERS,
+                                                            const Tensor& output, const Tensor& lse);
+
 }  // namespace fastgru

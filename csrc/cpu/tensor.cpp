@@ -158,12 +158,14 @@ void* Arena::allocate(size_t bytes) {
     slab_ = Slab(std::max({wanted, kFirst, bytes}));
     wanted_ = wanted;
   }
-  void* result = slab_.data() + used_;
-  if (used_ + bytes > slab_.bytes()) {
-    overflow_.emplace_back(bytes);
-    result = overflow_.back().data();
+  const Slab* slab = overflow_.empty() ? &slab_ : &overflow_.back();
+  if (at_ + bytes > slab->bytes()) {
+    // With room for what comes next, because a slab of its own takes a large page at the least.
+    slab = &overflow_.emplace_back(std::max(bytes, std::min(used_, kLargePage)));
+    at_ = 0;
   }
-  used_ += bytes;
+  void* result = slab->data() + at_;
+  at_ += bytes, used_ += bytes;
   if (poison.load(std::memory_order_relaxed)) std::memset(result, 0xff, bytes);
   return result;
 }

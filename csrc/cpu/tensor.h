@@ -73,7 +73,7 @@ class Arena {
   void* allocate(size_t bytes);
 
   Slab slab_;
-  size_t wanted_, used_ = 0;
+  size_t wanted_, used_ = 0, at_ = 0;  // at_: within the last slab
   std::vector<Slab> overflow_;
 };
 

@@ -14,9 +14,19 @@ from torch.autograd import forward_ad
 
 from fastgru.backends import gluon, registry
 from fastgru.backends.reference_attention import Attention, attention_differentiable, hiding_product, hiding_scores
-from fastgru.ops.attention_schema import ATTENTION_OPS, TENSORS, AttentionFunction, AttentionOps
+from fastgru.ops.attention_schema import (
+    ATTENTION_OPS,
+    PLAIN_OPS,
+    TENSORS,
+    AttentionFunction,
+    AttentionOps,
+    plain_attention_with_gradients,
+)
 
 _warned: set[str] = set()
+# Tensors that no one has given a meaning of their own.
+_PLAIN = (Tensor, torch.nn.Parameter)
+_is_compiling = torch.compiler.is_compiling
 
 
 def _choose(arguments: tuple[Any, ...]) -> AttentionOps:
@@ -130,6 +140,41 @@ def _run(ops: AttentionOps, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]
         return ops.forward(*arguments)  # type: ignore[no-any-return]
 
 
+def _at_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    bottom_right: bool,
+    grouped: bool,
+) -> Tensor | None:
+    """Attention without options, where the operators of few arguments take it: on the CPU in eager mode. They do the
+    checks themselves, for the ones below take as long as a small problem. None: not such a problem, or not a sound
+    one, which the long way has the words for."""
+    if (
+        not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
+        or _is_compiling()
+        or not (query.is_cpu and query.dim() == 4)
+        or not (mask is None or (type(mask) is Tensor and mask.dtype is torch.bool))
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._is_tracing()
+        or maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    options = scale, causal, bottom_right, grouped
+    try:
+        if registry.select("cpu", query.dtype).name != "cpu":
+            return None
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            return plain_attention_with_gradients(query, key, value, mask, options)
+        return PLAIN_OPS.forward._op(query, key, value, mask, *options)[0]  # type: ignore[no-any-return]
+    except RuntimeError:
+        return None
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
@@ -235,6 +280,20 @@ def flash_attention(
         RuntimeError: lengths out of range (on the CPU; on a GPU they are clamped).
         BackendUnavailable: the backend asked for cannot run this.
     """
+    if (
+        bias is None
+        and dropout_p == 0
+        and causal_align in ("bottom_right", "top_left")
+        and window == (-1, -1)
+        and softcap == 0
+        and alibi_slopes is None
+        and q_lengths is None
+        and k_lengths is None
+        and not return_lse
+    ):
+        output = _at_once(query, key, value, attn_mask, scale, causal, causal_align == "bottom_right", enable_gqa)
+        if output is not None:
+            return output
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         for name, t in (("query", query), ("key", key), ("value", value)):
             _tensor(name, t)
@@ -337,6 +396,10 @@ def scaled_dot_product_attention(
     """
     if attn_mask is not None and is_causal:
         raise RuntimeError("scaled_dot_product_attention: attn_mask and is_causal must not both be set")
+    if dropout_p == 0:
+        output = _at_once(query, key, value, attn_mask, scale, is_causal, False, enable_gqa)
+        if output is not None:
+            return output
     if not query.dim() == key.dim() == value.dim() == 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
         return _broadcast_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return flash_attention(

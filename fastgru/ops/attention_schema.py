@@ -150,3 +150,58 @@ ATTENTION_OPS = {name: _define(name) for name in ("reference", "cpu", "triton", 
 for _name, _module in (("reference", reference_attention), ("triton", triton_attention), ("gluon", gluon)):
     LIBRARY.impl(ATTENTION_OPS[_name].forward, _module.attention, "CompositeExplicitAutograd")
     LIBRARY.impl(ATTENTION_OPS[_name].backward, _module.attention_backward, "CompositeExplicitAutograd")
+
+
+# ---- without options, on the CPU, in eager mode ----
+
+
+def _define_plain() -> AttentionOps:
+    forward, backward = "cpu_plain_attention", "cpu_plain_attention_backward"
+    arguments = (
+        "Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool causal, bool bottom_right, "
+        "bool grouped"
+    )
+    LIBRARY.define(f"{forward}({arguments}) -> (Tensor output, Tensor lse)")
+    LIBRARY.define(
+        f"{backward}(Tensor grad_output, {arguments}, Tensor output, Tensor lse) "
+        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+    )
+    return AttentionOps(*(getattr(torch.ops.fastgru, name).default for name in (forward, backward)))
+
+
+# What "cpu" computes, with few arguments: it takes longer to pass fifteen of them than to compute a small problem. The
+# mask is bool and may have fewer than four dimensions. No fake kernels and no autograd: compilers see the others.
+PLAIN_OPS = _define_plain()
+
+
+class PlainAttentionFunction(torch.autograd.Function):
+    """PLAIN_OPS with gradients: takes query, key, value, mask and their other arguments as a tuple; returns the output
+    alone. Its calls take the shortest way, as little as that is, for it adds up to half of a small problem."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: tuple[Any, ...]
+    ) -> Tensor:
+        output, lse = PLAIN_OPS.forward._op(query, key, value, mask, *options)
+        ctx.options = options
+        ctx.save_for_backward(query, key, value, mask, output, lse)
+        return output  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask, output, lse = ctx.saved_tensors
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return *PLAIN_OPS.backward._op(grad, query, key, value, mask, *ctx.options, output, lse), None, None
+        # To be differentiated again, or compiled, which the operator of all arguments can be.
+        scale, causal, bottom_right, _ = ctx.options
+        mask = None if mask is None else mask[(None,) * (4 - mask.dim())]
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+        right = 0 if causal else -1
+        tensors = query, key, value, None, mask, None, None, None, None
+        arguments = Attention(*tensors, 0.0, scale, 0.0, -1, right, bottom_right)
+        found = ATTENTION_OPS["cpu"].backward(grad, None, *arguments, output, lse, False)
+        return *found[:3], None, None
+
+
+# Without Function's own wrapper, which is for the transforms of torch.func.
+plain_attention_with_gradients: Callable[..., Tensor] = super(torch.autograd.Function, PlainAttentionFunction).apply
