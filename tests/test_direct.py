@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,9 +17,12 @@ import fastgru
 from fastgru import _lib
 from fastgru.ops import direct
 
+attention_ops = sys.modules["fastgru.ops.attention"]
+
 pytestmark = pytest.mark.skipif(_lib.direct is None, reason=f"there is no fastgru._direct: {_lib.direct_error}")
 
 REAL: Any = _lib.direct
+HOLDERS: list[tuple[Any, str]] = [(_lib, "direct"), (direct, "_direct"), (attention_ops, "_direct")]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -43,22 +47,24 @@ class Spy:
 def _cpu() -> Iterator[None]:
     with fastgru.use_backend("cpu"):
         for dtype in DTYPES:
-            fastgru.GRU(1, 1, dtype=dtype)(torch.zeros(1, 1, 1, dtype=dtype))  # which has the backend chosen
+            # Which has the backend chosen.
+            fastgru.GRU(1, 1, dtype=dtype)(torch.zeros(1, 1, 1, dtype=dtype))
+            fastgru.flash_attention(*torch.zeros(3, 1, 1, 1, 1, dtype=dtype))
         yield
 
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     spy = Spy()
-    monkeypatch.setattr(direct, "_direct", spy)
-    monkeypatch.setattr(_lib, "direct", spy)
+    for holder, name in HOLDERS:
+        monkeypatch.setattr(holder, name, spy)
     return spy
 
 
 def by_operators(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> Any:
     with monkeypatch.context() as patch:
-        patch.setattr(direct, "_direct", None)
-        patch.setattr(_lib, "direct", None)
+        for holder, name in HOLDERS:
+            patch.setattr(holder, name, None)
         return call()
 
 
@@ -363,7 +369,133 @@ def test_inference_mode_gives_tensors_of_it() -> None:
     assert output.is_inference() and h_n.is_inference()
 
 
+def heads_of(B: int, H: int, L: int, D: int, last: bool, **options: Any) -> Tensor:
+    """[B, H, L, D] with positions before heads in memory if ``last``, as the projections of MultiheadAttention."""
+    return torch.randn(B, L, H, D, **options).transpose(1, 2) if last else torch.randn(B, H, L, D, **options)
+
+
+MASKS: dict[str, Callable[[int, int, int, int], Tensor | None]] = {
+    "no mask": lambda B, H, Lq, Lk: None,
+    "mask": lambda B, H, Lq, Lk: torch.rand(B, H, Lq, Lk) > 0.3,
+    "mask of keys": lambda B, H, Lq, Lk: torch.rand(B, 1, 1, Lk) > 0.3,
+    "mask of two dimensions": lambda B, H, Lq, Lk: torch.rand(Lq, Lk) > 0.3,
+    "mask of queries": lambda B, H, Lq, Lk: torch.rand(B, H, Lq, 1) > 0.3,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["heads first", "heads last"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("B, Hq, Hk, Lq, Lk, D", [(1, 1, 1, 1, 1, 8), (2, 4, 2, 3, 5, 20), (1, 2, 2, 70, 33, 16)])
+def test_attention_is_the_operators(
+    monkeypatch: pytest.MonkeyPatch,
+    spy: Spy,
+    dtype: torch.dtype,
+    last: bool,
+    mask: str,
+    B: int,
+    Hq: int,
+    Hk: int,
+    Lq: int,
+    Lk: int,
+    D: int,
+) -> None:
+    q = heads_of(B, Hq, Lq, D, last, dtype=dtype)
+    k, v = (heads_of(B, Hk, Lk, D, last, dtype=dtype) for _ in range(2))
+    seen, seed = MASKS[mask](B, Hq, Lq, Lk), torch.randn(B, Hq, Lq, D, dtype=dtype)
+    for options in ({}, {"causal": True}, {"causal": True, "causal_align": "top_left", "scale": 0.3}):
+
+        def run(options: dict[str, Any] = options) -> Any:
+            return fastgru.flash_attention(q, k, v, attn_mask=seen, enable_gqa=Hq != Hk, **options)
+
+        def gradients(run: Callable[[], Any] = run) -> Any:
+            inputs = [t.requires_grad_() for t in (q, k, v)]
+            found = torch.autograd.grad(run(), inputs, seed)
+            for t in inputs:
+                t.requires_grad_(False)
+            return found
+
+        spy.answers.clear()
+        got = run()
+        assert spy.answers == [("attention", True)]
+        assert_same(got, by_operators(monkeypatch, run))
+        spy.answers.clear()
+        got = gradients()
+        wide = dtype in (torch.float32, torch.float64)
+        assert spy.answers == [("attention", True), ("attention_train", wide), ("attention_backward", wide)]
+        assert_same(got, by_operators(monkeypatch, gradients))
+
+
+def test_attention_by_the_name_of_torch(monkeypatch: pytest.MonkeyPatch, spy: Spy) -> None:
+    q, k, v = torch.randn(3, 2, 2, 5, 8)
+    for options in ({}, {"is_causal": True}, {"attn_mask": torch.rand(5, 5) > 0.2}, {"scale": 2}):
+        spy.answers.clear()
+        got = fastgru.scaled_dot_product_attention(q, k, v, **options)
+        assert spy.answers == [("attention", True)]
+        assert_same(
+            got, by_operators(monkeypatch, lambda o=options: fastgru.scaled_dot_product_attention(q, k, v, **o))
+        )
+
+
+def test_a_second_derivative_of_attention_goes_through_the_operators(monkeypatch: pytest.MonkeyPatch, spy: Spy) -> None:
+    q, k, v = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64).requires_grad_().unbind()
+
+    def first() -> Tensor:
+        return torch.autograd.grad(fastgru.flash_attention(q, k, v).square().sum(), q, create_graph=True)[0]
+
+    def second() -> Any:
+        return torch.autograd.grad(first().square().sum(), [q, k, v])
+
+    first()
+    assert spy.answers == [("attention", True), ("attention_train", True)]
+    assert_same(second(), by_operators(monkeypatch, second))
+
+
+Q = torch.randn(2, 4, 3, 8)
+SEEN = torch.ones(3, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "q, k, v, mask, scale, grouped",
+    [
+        (Q[0], Q, Q, None, None, False),
+        (Q, Q[:1], Q[:1], None, None, False),
+        (Q, Q[:, :3], Q[:, :3], None, None, True),
+        (Q, Q[:, :2], Q[:, :2], None, None, False),
+        (Q, Q, Q[:, :, :2], None, None, False),
+        (Q, Q, Q[..., :4], None, None, False),
+        (Q, Q.double(), Q, None, None, False),
+        (Q, Q, torch._neg_view(Q), None, None, False),
+        (Q.as_subclass(_Subclass), Q, Q, None, None, False),
+        (Q[:, :, :0], Q, Q, None, None, False),
+        (Q, Q[:, :, :0], Q[:, :, :0], None, None, False),
+        (Q.long(), Q.long(), Q.long(), None, None, False),
+        (torch.randn(2, 4, 3, 16)[..., ::2], Q, Q, None, None, False),
+        (Q, Q, Q, SEEN.float(), None, False),
+        (Q, Q, Q, SEEN[:2], None, False),
+        (Q, Q, Q, SEEN.expand(1, 1, 1, 3, 3), None, False),
+        (Q, Q, Q, torch.ones(3, 6, dtype=torch.bool)[:, ::2], None, False),
+        (Q, Q, Q, True, None, False),
+        (Q, Q, Q, None, "half", False),
+        (None, Q, Q, None, None, False),
+    ],
+)
+def test_attention_that_is_not_plain_is_left_to_the_operators(
+    q: Any, k: Any, v: Any, mask: Any, scale: Any, grouped: bool
+) -> None:
+    assert isinstance(REAL.attention(Q, Q, Q, SEEN, 0.5, True, True, False), Tensor)
+    output, lse = REAL.attention_train(Q, Q, Q, SEEN, 0.5, True, True, False)
+    arguments = q, k, v, mask, scale, False, True, grouped
+    assert REAL.attention(*arguments) is None
+    assert REAL.attention_train(*arguments) is None
+    assert REAL.attention_backward(output, *arguments, output, lse) is None
+
+
 def test_wrong_numbers_of_arguments_are_errors() -> None:
-    for name, count in (("infer", 8), ("train", 6), ("cell", 6), ("backward", 12), ("setup", 7)):
+    counts = {
+        "setup": 7, "infer": 8, "cell": 6, "train": 6, "backward": 12, "attention": 8, "attention_train": 8,
+        "attention_backward": 11,
+    }  # fmt: skip
+    for name, count in counts.items():
         with pytest.raises(TypeError, match=f"expected {count} arguments, got 1"):
             getattr(REAL, name)(None)

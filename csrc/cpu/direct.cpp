@@ -43,7 +43,25 @@ bool gru_backward(const GruBackward& given, DType dtype) {
   });
 }
 
-constexpr DirectCalls kCalls{gru_forward, gru_backward};
+bool attention_forward(const AttentionForward& given, DType dtype) {
+  return returns([&] {
+    Arena arena;
+    const Scratch scratch = arena.scratch();
+    AttentionForward f = given;
+    const size_t bytes = f.s.B * f.s.Hq * f.s.Lq * (dtype == DType::f64 ? sizeof(double) : sizeof(float));
+    if (!f.lse) f.lse = scratch.allocate(scratch.context, bytes);
+    current_engine().attention_forward[int(dtype)](f, torch_threads(), scratch);
+  });
+}
+
+bool attention_backward(const AttentionBackward& b, DType dtype) {
+  return returns([&] {
+    Arena arena;
+    current_engine().attention_backward[int(dtype)](b, torch_threads(), arena.scratch());
+  });
+}
+
+constexpr DirectCalls kCalls{gru_forward, gru_backward, attention_forward, attention_backward};
 
 }  // namespace
 }  // namespace fastgru

@@ -1,5 +1,5 @@
-// fastgru._direct: small GRU calls without torch's dispatcher, whose way from Python to a kernel and back takes longer
-// than a step of a small GRU.
+// fastgru._direct: small calls without torch's dispatcher, whose way from Python to a kernel and back takes longer than
+// a step of a small GRU, or attention over a few keys.
 //
 // Every function takes the tensors as they are, and answers None where anything is not plain: a tensor that is not a
 // dense one on the CPU, of another dtype, size or type than expected, or a mode of torch that wants to see operators.
@@ -17,6 +17,7 @@
 #include <ATen/dlpack.h>
 #include <Python.h>
 
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 
@@ -398,6 +399,115 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return result.release();
 }
 
+// Attention without options: query [B, Hq, Lq, D], key and value [B, Hk, Lk, D], each contiguous or with positions
+// before heads in memory, and a mask of bool.
+struct Attention {
+  static constexpr int kArguments = 8;  // query, key, value, mask, scale, causal, bottom_right, grouped
+  AttentionShape s{};
+  DType dtype{};
+  View query;
+
+  // False where it is not plain, or not sound.
+  bool read(PyObject* const* args) {
+    if (!query.read(args[0]) || query.t.ndim != 4 || !find_dtype(query.t.dtype, &dtype)) return false;
+    View key;
+    if (!key.read(args[1]) || key.t.ndim != 4) return false;
+    s.B = query.size(0), s.Hq = query.size(1), s.Lq = query.size(2), s.D = s.Dv = query.size(3);
+    s.Hk = key.size(1), s.Lk = key.size(2);
+    if (!heads(args[0], s.Hq, s.Lq, &s.q) || !heads(args[1], s.Hk, s.Lk, &s.k) || !heads(args[2], s.Hk, s.Lk, &s.v))
+      return false;
+    if (s.Hq % s.Hk != 0 || (s.Hq != s.Hk && args[7] != Py_True)) return false;
+    if (args[3] != Py_None && !read_mask(args[3])) return false;
+    s.scale = args[4] == Py_None ? 1 / std::sqrt(double(s.D)) : PyFloat_AsDouble(args[4]);
+    s.window_left = -1;
+    s.window_right = args[5] == Py_True ? 0 : -1;
+    s.bottom_right = args[6] == Py_True;
+    return !PyErr_Occurred();
+  }
+
+  bool heads(PyObject* object, int64_t H, int64_t L, Heads* found) const {
+    View view;
+    if (!view.read(object) || !view.is(query.t.dtype) || !view.has({s.B, H, L, s.D})) return false;
+    const int64_t* stride = view.t.strides;
+    const bool heads_first = stride[1] == L * s.D && stride[2] == s.D,
+               heads_last = stride[1] == s.D && stride[2] == H * s.D;
+    if (stride[3] != 1 || stride[0] != H * L * s.D || !(heads_first || heads_last)) return false;
+    *found = {view.data(), stride[0], stride[1], stride[2]};
+    return true;
+  }
+
+  bool read_mask(PyObject* object) {
+    View view;
+    if (!view.read(object) || view.t.dtype.code != kDLBool || view.t.ndim < 1 || view.t.ndim > 4) return false;
+    const int64_t whole[4] = {s.B, s.Hq, s.Lq, s.Lk};
+    int64_t stride[4] = {};
+    for (int d = 4 - view.t.ndim, i = 0; d < 4; ++d, ++i) {
+      if (view.size(i) != 1 && view.size(i) != whole[d]) return false;
+      stride[d] = view.size(i) == 1 ? 0 : view.stride(i);
+    }
+    if (stride[3] > 1) return false;
+    s.mask = {view.data(), stride[0], stride[1], stride[2], stride[3]};
+    return true;
+  }
+
+  // A fresh tensor like `tensor`, and where it lies.
+  Owned fresh(PyObject* tensor, const Heads& as, Heads* found) const {
+    Owned result = like(tensor);
+    *found = as;
+    found->data = data_of(result);
+    return found->data ? static_cast<Owned&&>(result) : Owned();
+  }
+};
+
+// attention(query, key, value, mask, scale, causal, bottom_right, grouped): mask and scale may be None. Returns the
+// output, or True if all is plain but there is a gradient to record.
+PyObject* attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!takes(count, Attention::kArguments)) return nullptr;
+  Attention problem;
+  if (any_mode() || !problem.read(args)) return not_plain();
+  if (truth(PyObject_CallNoArgs(is_grad_enabled)) &&
+      (requires_grad(args[0]) || requires_grad(args[1]) || requires_grad(args[2])))
+    Py_RETURN_TRUE;
+  AttentionForward f{problem.s, {}, nullptr};
+  Owned output = problem.fresh(args[0], problem.s.q, &f.out);
+  if (!output || !run(calls->attention_forward, f, problem.dtype)) return not_plain();
+  return output.release();
+}
+
+// attention_train(query, key, value, mask, scale, causal, bottom_right, grouped): float32 and float64. Returns (output,
+// lse).
+PyObject* attention_train(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!takes(count, Attention::kArguments)) return nullptr;
+  Attention problem;
+  if (any_mode() || !problem.read(args) || problem.query.bytes() < 4) return not_plain();
+  const AttentionShape& s = problem.s;
+  AttentionForward f{s, {}, nullptr};
+  const Owned output = problem.fresh(args[0], s.q, &f.out), lse = make(args[0], {s.B, s.Hq, s.Lq});
+  if (!output || !(f.lse = data_of(lse)) || !run(calls->attention_forward, f, problem.dtype)) return not_plain();
+  return PyTuple_Pack(2, output.get(), lse.get());
+}
+
+// attention_backward(grad_output, query, key, value, mask, scale, causal, bottom_right, grouped, output, lse): of what
+// attention_train returned. Returns (grad_query, grad_key, grad_value).
+PyObject* attention_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!takes(count, Attention::kArguments + 3)) return nullptr;
+  PyObject* const* tensors = args + 1;
+  Attention problem;
+  if (any_mode() || !problem.read(tensors) || problem.query.bytes() < 4) return not_plain();
+  const AttentionShape& s = problem.s;
+  AttentionBackward b{};
+  b.s = s;
+  View lse;
+  if (!problem.heads(args[0], s.Hq, s.Lq, &b.d_out) || !problem.heads(args[count - 2], s.Hq, s.Lq, &b.out) ||
+      !lse.read(args[count - 1]) || !lse.is(problem.query.t.dtype) || !lse.has({s.B, s.Hq, s.Lq}) || !lse.dense())
+    return not_plain();
+  b.lse = lse.data();
+  const Owned dq = problem.fresh(tensors[0], s.q, &b.dq), dk = problem.fresh(tensors[1], s.k, &b.dk),
+              dv = problem.fresh(tensors[2], s.v, &b.dv);
+  if (!dq || !dk || !dv || !run(calls->attention_backward, b, problem.dtype)) return not_plain();
+  return PyTuple_Pack(3, dq.get(), dk.get(), dv.get());
+}
+
 // setup(capsule, calls, Tensor, Parameter, empty_like, is_grad_enabled, modes): once, before all else. `capsule` is
 // torch.Tensor.__dlpack_c_exchange_api__, `calls` the address that fastgru_direct_calls() returned. Returns None, or a
 // sentence that says why nothing here can be used.
@@ -433,8 +543,15 @@ PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(Function)), METH_FASTCALL, nullptr};
 }
 
-PyMethodDef methods[] = {method<setup>("setup"), method<infer>("infer"),       method<cell>("cell"),
-                         method<train>("train"), method<backward>("backward"), {}};
+PyMethodDef methods[] = {method<setup>("setup"),
+                         method<infer>("infer"),
+                         method<cell>("cell"),
+                         method<train>("train"),
+                         method<backward>("backward"),
+                         method<attention>("attention"),
+                         method<attention_train>("attention_train"),
+                         method<attention_backward>("attention_backward"),
+                         {}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_direct", nullptr, -1, methods};
 

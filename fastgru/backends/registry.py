@@ -153,7 +153,7 @@ def select(device: torch.device | str, dtype: torch.dtype) -> Backend:
     return backend
 
 
-def selected(device: torch.device, dtype: torch.dtype) -> Backend | None:
+def selected(device: torch.device | str, dtype: torch.dtype) -> Backend | None:
     """What :func:`select` chose when it was last called for this device and dtype, if that still holds."""
     return _chosen.get((device, dtype))
 

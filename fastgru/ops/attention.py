@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
+from fastgru import _lib
 from fastgru.backends import gluon, registry
 from fastgru.backends.reference_attention import Attention, attention_differentiable, hiding_product, hiding_scores
 from fastgru.ops.attention_schema import (
@@ -27,6 +28,7 @@ _warned: set[str] = set()
 # Tensors that no one has given a meaning of their own.
 _PLAIN = (Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
+_direct = _lib.direct
 
 
 def _choose(arguments: tuple[Any, ...]) -> AttentionOps:
@@ -153,9 +155,19 @@ def _at_once(
     """Attention without options, where the operators of few arguments take it: on the CPU in eager mode. They do the
     checks themselves, for the ones below take as long as a small problem. None: not such a problem, or not a sound
     one, which the long way has the words for."""
+    if _is_compiling():
+        return None
+    options = scale, causal, bottom_right, grouped
+    if _direct is not None and type(query) in _PLAIN and forward_ad._current_level < 0:
+        backend = registry.selected("cpu", query.dtype)
+        if backend is not None and backend.name == "cpu":
+            output = _direct.attention(query, key, value, mask, *options)
+            if output is True:
+                return plain_attention_with_gradients(query, key, value, mask, options)
+            if output is not None:
+                return output  # type: ignore[no-any-return]
     if (
         not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
-        or _is_compiling()
         or not (query.is_cpu and query.dim() == 4)
         or not (mask is None or (type(mask) is Tensor and mask.dtype is torch.bool))
         or torch._C._is_any_autocast_enabled()
@@ -164,7 +176,6 @@ def _at_once(
         or forward_ad._current_level >= 0
     ):
         return None
-    options = scale, causal, bottom_right, grouped
     try:
         if registry.select("cpu", query.dtype).name != "cpu":
             return None

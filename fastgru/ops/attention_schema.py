@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgru import _lib
 from fastgru.backends import gluon, reference_attention, triton_attention
 from fastgru.backends.reference_attention import Attention, empty_like_layout
 from fastgru.ops.schema import LIBRARY, _grad, call
@@ -182,7 +183,10 @@ class PlainAttentionFunction(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: tuple[Any, ...]
     ) -> Tensor:
-        output, lse = PLAIN_OPS.forward._op(query, key, value, mask, *options)
+        # Not in a frame that Dynamo traces, as it does those below a break of its graph.
+        direct = None if torch.compiler.is_compiling() else _lib.direct
+        found = None if direct is None else direct.attention_train(query, key, value, mask, *options)
+        output, lse = PLAIN_OPS.forward._op(query, key, value, mask, *options) if found is None else found
         ctx.options = options
         ctx.save_for_backward(query, key, value, mask, output, lse)
         return output  # type: ignore[no-any-return]
@@ -191,7 +195,9 @@ class PlainAttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask, output, lse = ctx.saved_tensors
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *PLAIN_OPS.backward._op(grad, query, key, value, mask, *ctx.options, output, lse), None, None
+            arguments = grad, query, key, value, mask, *ctx.options, output, lse
+            found = None if _lib.direct is None else _lib.direct.attention_backward(*arguments)
+            return *(PLAIN_OPS.backward._op(*arguments) if found is None else found), None, None
         # To be differentiated again, or compiled, which the operator of all arguments can be.
         scale, causal, bottom_right, _ = ctx.options
         mask = None if mask is None else mask[(None,) * (4 - mask.dim())]

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from fastgru import _lib
 from fastgru.backends import registry
-from fastgru.ops.schema import GRU_OPS, TrainFunction
+from fastgru.ops.schema import GRU_OPS, train_plainly
 
 _direct = _lib.direct
 
@@ -67,6 +67,6 @@ def gru(
             hx = input.new_zeros(1, input.size(1), weights[1].size(1))
         if not bias:
             weights += (None, None)
-        found = TrainFunction.apply(GRU_OPS["cpu"], input, hx, *weights)  # type: ignore[no-untyped-call]
+        found = train_plainly(GRU_OPS["cpu"], input, hx, *weights)
     output, h_n = found
     return (output.transpose(0, 1) if batch_first else output), h_n

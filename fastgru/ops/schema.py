@@ -168,6 +168,10 @@ class TrainFunction(torch.autograd.Function):
         return None, *found[: len(inputs)]
 
 
+# Without Function's own wrapper, which is for the transforms of torch.func.
+train_plainly: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, TrainFunction).apply
+
+
 class KeptGraphFunction(torch.autograd.Function):
     """The train operator of a library that keeps what its backward needs to itself: for eager mode."""
 
