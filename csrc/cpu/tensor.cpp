@@ -17,10 +17,10 @@ void run_parallel(int n, void (*body)(int, void*), void* arg) {
 }
 
 // Where another process holds a core, the thread there comes and goes, and a call waits for it longer than it would
-// take alone. After a call that waited as long as only a core taken away explains, or two calls in a row of which a good
-// part was waiting (one may have found the pool asleep), that is not risked again before so much time has passed that the
-// wait could not have been worth much: the thread works alone until then, and after one more such call again. (Results
-// do not depend on the number of threads.)
+// take alone. After a call that waited as long as only a core taken away explains, or two calls in a row of which a
+// good part was waiting (one may have found the pool asleep), that is not risked again before so much time has passed
+// that the wait could not have been worth much: the thread works alone until then, and after one more such call again.
+// (Results do not depend on the number of threads.)
 constexpr int64_t kUsualWaitNs = 50'000, kTakenNs = 1'000'000, kPartOfCall = 4, kTimesAsLong = 8;
 thread_local int64_t alone_until_ns = 0;
 thread_local bool waited_before = false;
