@@ -36,7 +36,6 @@ PyObject* is_grad_enabled = nullptr;
 PyObject* modes = nullptr;  // a tuple of functions, of which each is false in plain eager mode
 Py_ssize_t mode_count = 0;
 
-PyObject* name_as_strided = nullptr;
 PyObject* name_contiguous = nullptr;
 PyObject* name_is_neg = nullptr;
 PyObject* name_new_empty = nullptr;
@@ -135,20 +134,15 @@ bool requires_grad(PyObject* tensor) { return truth(PyObject_GetAttr(tensor, nam
 
 Owned like(PyObject* tensor) { return Owned(PyObject_CallFunctionObjArgs(empty_like, tensor, nullptr)); }
 
-Owned make_tuple(std::initializer_list<int64_t> numbers) {
-  Owned tuple(PyTuple_New(Py_ssize_t(numbers.size())));
-  Py_ssize_t at = 0;
-  for (const int64_t number : numbers) {
-    PyObject* object = tuple ? PyLong_FromLongLong(number) : nullptr;
-    if (!object) return Owned();
-    PyTuple_SetItem(tuple.get(), at++, object);
-  }
-  return tuple;
-}
-
 Owned make(PyObject* prototype, std::initializer_list<int64_t> sizes) {
-  const Owned shape = make_tuple(sizes);
-  return Owned(shape ? PyObject_CallMethodObjArgs(prototype, name_new_empty, shape.get(), nullptr) : nullptr);
+  const Owned shape(PyTuple_New(Py_ssize_t(sizes.size())));
+  Py_ssize_t at = 0;
+  for (const int64_t size : sizes) {
+    PyObject* number = shape ? PyLong_FromLongLong(size) : nullptr;
+    if (!number) return Owned();
+    PyTuple_SetItem(shape.get(), at++, number);
+  }
+  return Owned(PyObject_CallMethodObjArgs(prototype, name_new_empty, shape.get(), nullptr));
 }
 
 // Of a fresh tensor, or null.
@@ -334,34 +328,6 @@ PyObject* train(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyTuple_Pack(3, output.get(), h_n.get(), gates.get());
 }
 
-// The gradients of w_ih, w_hh, b_ih and b_hh. Large ones are views of one tensor: the allocator then keeps its memory
-// for the next call, where it would give that of several tensors back to the system, and a page fault for each 4 KiB of
-// fresh memory costs several times what the arithmetic does.
-bool weight_gradients(PyObject* const* tensors, const GruShape& s, int64_t bytes, Owned* grads) {
-  constexpr int64_t kLarge = 1 << 20;
-  const int64_t width = 3 * s.H, sizes[] = {width * s.I, width * s.H, width, width};
-  Owned whole;
-  int64_t offset = 0;
-  if ((sizes[0] + sizes[1]) * bytes >= kLarge) whole = make(tensors[0], {sizes[0] + sizes[1] + 2 * width});
-  for (int i = 0; i < 4; offset += sizes[i++]) {
-    const int64_t columns = i == 0 ? s.I : s.H;
-    const bool matrix = i < 2;
-    if (!whole) {
-      PyObject* weight = tensors[2 + i];
-      grads[i] = weight != Py_None ? like(weight) : make(tensors[0], {width});
-    } else {
-      const Owned shape = matrix ? make_tuple({width, columns}) : make_tuple({width});
-      const Owned strides = matrix ? make_tuple({columns, 1}) : make_tuple({1});
-      const Owned start(PyLong_FromLongLong(offset));
-      if (!shape || !strides || !start) return false;
-      grads[i] = Owned(
-          PyObject_CallMethodObjArgs(whole.get(), name_as_strided, shape.get(), strides.get(), start.get(), nullptr));
-    }
-    if (!grads[i]) return false;
-  }
-  return true;
-}
-
 // backward(grad_output, grad_h_n, input, hx, w_ih, w_hh, b_ih, b_hh, output, gates, need_input, need_weights): of a
 // layer that `train` ran; either gradient may be None. Returns (grad_input, grad_hx, grad_w_ih, grad_w_hh, grad_b_ih,
 // grad_b_hh), with None for grad_input and those of the weights where they are not needed.
@@ -386,9 +352,11 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (need_input) grads[0] = make(tensors[0], {s.T, s.B, s.I});
   grads[1] = like(layer.hx);
   // The engine writes the gradients of biases even where there are none.
-  if (need_weights && !weight_gradients(tensors, s, layer.input.bytes(), grads + 2)) return not_plain();
+  for (int i = 2; need_weights && i < kLayerTensors; ++i)
+    grads[i] = tensors[i] != Py_None ? like(tensors[i]) : make(tensors[0], {3 * s.H});
   for (int i = 0; i < kLayerTensors; ++i)
-    if (grads[i] && !(*wanted[i] = data_of(grads[i]))) return not_plain();
+    if (i == 0 ? need_input : i == 1 || need_weights)
+      if (!(*wanted[i] = data_of(grads[i]))) return not_plain();
   if (!run(calls->gru_backward, b, layer.dtype)) return not_plain();
   Owned result(PyTuple_New(kLayerTensors));
   if (!result) return nullptr;
@@ -528,7 +496,6 @@ PyObject* setup(PyObject*, PyObject* const* args, Py_ssize_t count) {
   empty_like = args[4];
   is_grad_enabled = args[5];
   modes = args[6];
-  name_as_strided = PyUnicode_InternFromString("as_strided");
   name_contiguous = PyUnicode_InternFromString("contiguous");
   name_is_neg = PyUnicode_InternFromString("is_neg");
   name_new_empty = PyUnicode_InternFromString("new_empty");
