@@ -17,18 +17,21 @@ void run_parallel(int n, void (*body)(int, void*), void* arg) {
 }
 
 // Where another process holds a core, the thread there comes and goes, and a call waits for it longer than it would
-// take alone. After a call that waited as long as only a core taken away explains, or two calls in a row of which a
-// good part was waiting (one may have found the pool asleep), that is not risked again before so much time has passed
-// that the wait could not have been worth much: the thread works alone until then, and after one more such call again.
-// (Results do not depend on the number of threads.)
-constexpr int64_t kUsualWaitNs = 50'000, kTakenNs = 1'000'000, kPartOfCall = 4, kTimesAsLong = 8;
-thread_local int64_t alone_until_ns = 0;
+// take alone. After a call that waited as long as only a core taken away explains (not the first after a pause, which
+// finds the pool asleep), or two calls in a row of which a good part was waiting, that is not risked again before so
+// much time has passed that the wait could not have been worth much: the thread works alone until then, and after one
+// more such call again. (Results do not depend on the number of threads.)
+constexpr int64_t kUsualWaitNs = 50'000, kTakenNs = 1'000'000, kPauseNs = 1'000'000, kPartOfCall = 4, kTimesAsLong = 8;
+thread_local int64_t alone_until_ns = 0, last_end_ns = 0;
 thread_local bool waited_before = false;
 
 void note_wait(int64_t waited_ns, int64_t total_ns) {
+  const int64_t end = now_ns(), pause = end - total_ns - last_end_ns;
   const bool long_wait = waited_ns > kUsualWaitNs && waited_ns > total_ns / kPartOfCall;
-  if (long_wait && (waited_before || waited_ns > kTakenNs)) alone_until_ns = now_ns() + kTimesAsLong * waited_ns;
+  const bool taken = waited_ns > kTakenNs && pause < kPauseNs;
+  if (long_wait && (waited_before || taken)) alone_until_ns = end + kTimesAsLong * waited_ns;
   waited_before = long_wait;
+  last_end_ns = end;
 }
 
 constexpr size_t kLargePage = size_t(1) << 21;

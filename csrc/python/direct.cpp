@@ -65,7 +65,7 @@ class Owned {
   PyObject* object_;
 };
 
-Owned borrow(PyObject* object) {
+Owned hold(PyObject* object) {
   Py_INCREF(object);
   return Owned(object);
 }
@@ -235,15 +235,17 @@ PyObject* infer(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
   const bool grad = truth(PyObject_CallNoArgs(is_grad_enabled));
   bool record = grad && (requires_grad(input) || (hx != Py_None && requires_grad(hx)));
-  Owned x = borrow(input), h_n;
+  Owned x = hold(input), h_n;
   const char* h0 = nullptr;
   char* last = nullptr;
   for (Py_ssize_t layer = 0; layer < layers; ++layer) {
     PyObject* weights[8] = {};
+    Owned held[8];  // another thread may replace a weight while the kernel runs
     for (Py_ssize_t i = 0; i < directions * own; ++i) {
       PyObject* weight = PyDict_GetItem(parameters, PyList_GetItem(names, layer * directions * own + i));
       if (!weight) return not_plain();
       weights[i / own * 4 + i % own] = weight;
+      held[i] = hold(weight);
       record = record || (grad && requires_grad(weight));
     }
     Layer problem;
@@ -258,7 +260,7 @@ PyObject* infer(PyObject*, PyObject* const* args, Py_ssize_t count) {
         if (!view.has({states, s.B, s.H})) return not_plain();
         h0 = static_cast<const char*>(view.data());
       }
-      if (record) return layers == 1 ? borrow(Py_True).release() : not_plain();
+      if (record) return layers == 1 ? hold(Py_True).release() : not_plain();
       h_n = hx != Py_None ? like(hx) : make(input, {states, s.B, s.H});
       if (!(last = static_cast<char*>(data_of(h_n)))) return not_plain();
     } else if (record) {
@@ -362,7 +364,7 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!result) return nullptr;
   for (int i = 0; i < kLayerTensors; ++i) {
     const bool present = grads[i] && tensors[i] != Py_None;
-    PyTuple_SetItem(result.get(), i, present ? grads[i].release() : borrow(Py_None).release());
+    PyTuple_SetItem(result.get(), i, present ? grads[i].release() : hold(Py_None).release());
   }
   return result.release();
 }
