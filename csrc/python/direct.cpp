@@ -159,7 +159,7 @@ struct Layer {
   DType dtype{};
   View input;
 
-  // `weights`: for each direction w_ih, w_hh, b_ih, b_hh; null in the place of a bias that is not there. The input is
+  // `weights`: for each direction w_ih, w_hh, b_ih, b_hh; None in the place of a bias that is not there. The input is
   // [T, B, I], where `time` and `batch` are 0 and 1 or the other way round, or [B, I] of one step: `time` is -1.
   bool read(PyObject* input_object, int time, int batch, PyObject* const* weights, int directions) {
     const int last = time < 0 ? 1 : 2;
@@ -174,7 +174,7 @@ struct Layer {
     s.x_stride_t = time < 0 ? 0 : input.stride(time);
     s.x_stride_b = input.stride(batch);
     View w_hh;
-    if (!weights[1] || !w_hh.read(weights[1]) || w_hh.t.ndim != 2) return false;
+    if (!w_hh.read(weights[1]) || w_hh.t.ndim != 2) return false;
     s.H = w_hh.size(1);
     for (int d = 0; d < directions; ++d) {
       PyObject* const* own = weights + 4 * d;
@@ -187,7 +187,7 @@ struct Layer {
   bool weight(PyObject* object, std::initializer_list<int64_t> sizes, const void** found) const {
     *found = nullptr;
     View view;
-    if (!object) return sizes.size() == 1;
+    if (object == Py_None) return sizes.size() == 1;
     if (!view.read(object) || !view.is(input.t.dtype) || !view.has(sizes) || !view.dense()) return false;
     *found = view.data();
     return true;
@@ -239,11 +239,11 @@ PyObject* infer(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const char* h0 = nullptr;
   char* last = nullptr;
   for (Py_ssize_t layer = 0; layer < layers; ++layer) {
-    PyObject* weights[8] = {};
+    PyObject* weights[8] = {Py_None, Py_None, Py_None, Py_None, Py_None, Py_None, Py_None, Py_None};
     Owned held[8];  // another thread may replace a weight while the kernel runs
     for (Py_ssize_t i = 0; i < directions * own; ++i) {
       PyObject* weight = PyDict_GetItem(parameters, PyList_GetItem(names, layer * directions * own + i));
-      if (!weight) return not_plain();
+      if (!weight || weight == Py_None) return not_plain();
       weights[i / own * 4 + i % own] = weight;
       held[i] = hold(weight);
       record = record || (grad && requires_grad(weight));
@@ -283,11 +283,9 @@ PyObject* infer(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!takes(count, 6)) return nullptr;
   if (any_mode()) return not_plain();
-  PyObject* weights[4];
-  for (int i = 0; i < 4; ++i) weights[i] = args[2 + i] == Py_None ? nullptr : args[2 + i];
   Layer problem;
   View hx;
-  if (!problem.read(args[0], -1, 0, weights, 1) || !hx.read(args[1])) return not_plain();
+  if (!problem.read(args[0], -1, 0, args + 2, 1) || !hx.read(args[1])) return not_plain();
   const GruShape& s = problem.s;
   if (!hx.is(problem.input.t.dtype) || !hx.dense() || !hx.has({s.B, s.H})) return not_plain();
   if (truth(PyObject_CallNoArgs(is_grad_enabled)))
@@ -308,9 +306,7 @@ struct TimeMajor : Layer {
   PyObject* hx = nullptr;  // dense
 
   bool read(PyObject* const* args) {
-    PyObject* weights[4];
-    for (int i = 0; i < 4; ++i) weights[i] = args[2 + i] == Py_None ? nullptr : args[2 + i];
-    if (!Layer::read(args[0], 0, 1, weights, 1) || !operand(args[1], {1, s.B, s.H}, &copy, &s.h0)) return false;
+    if (!Layer::read(args[0], 0, 1, args + 2, 1) || !operand(args[1], {1, s.B, s.H}, &copy, &s.h0)) return false;
     hx = copy ? copy.get() : args[1];
     return true;
   }
