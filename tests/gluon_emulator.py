@@ -15,6 +15,7 @@ Not kept: layouts, registers, the order of summation, the exponential's last bit
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import operator
 import random
@@ -569,3 +570,25 @@ def launch(
         for program in some:
             made.start((program, 0), kernel, *given, **constants)
         made.run()
+
+
+def launch_variant(
+    variant: Any,
+    kernel: Callable[..., None],
+    arguments: tuple[dict[str, Any], dict[str, Any]],
+    programs: int,
+    **how: Any,
+) -> None:
+    """Runs a kernel as the backend launches its ``variant``: its tensors, and its numbers, by the parameters' names."""
+    tensors, numbers = arguments
+    given: list[Any] = []
+    for name in inspect.signature(kernel).parameters:
+        if name in variant.maps:
+            given.append(Descriptor(tensors[name], variant.maps[name]))
+        elif name in tensors:
+            given.append(Pointer(torch.zeros(1) if tensors[name] is None else tensors[name]))
+        elif name in numbers:
+            given.append(numbers[name])
+        else:
+            assert name in variant.constants
+    launch(kernel, programs, *given, **how, **variant.constants)

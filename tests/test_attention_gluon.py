@@ -85,18 +85,7 @@ def attention(a: Attention, kernel: Any, programs: int, seed: int = 0) -> tuple[
     variant = VARIANTS[gluon._name(a)]
     output = torch.full_like(reference_attention.empty_like_layout(a.query, a.value.size(3)), math.nan)
     lse = torch.full(a.query.shape[:3], math.nan)
-    tensors, numbers = gluon.arguments_of(a, output, lse)
-    given = []
-    for name, parameter in inspect.signature(kernel).parameters.items():
-        if name in variant.maps:
-            given.append(emulator.Descriptor(tensors[name], variant.maps[name]))
-        elif name in tensors:
-            given.append(emulator.Pointer(torch.zeros(1) if tensors[name] is None else tensors[name]))
-        elif name in numbers:
-            given.append(numbers[name])
-        else:
-            assert parameter.name in variant.constants
-    emulator.launch(kernel, programs, *given, seed=seed, **variant.constants)
+    emulator.launch_variant(variant, kernel, gluon.arguments_of(a, output, lse), programs, seed=seed)
     return output, lse
 
 

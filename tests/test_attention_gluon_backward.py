@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from pathlib import Path
@@ -31,21 +30,6 @@ def kernels() -> Any:
     return emulator.emulated(*SOURCES)
 
 
-def start(variant: Any, kernel: Any, arguments: Any, programs: int, **how: Any) -> None:
-    tensors, numbers = arguments
-    given = []
-    for name in inspect.signature(kernel).parameters:
-        if name in variant.maps:
-            given.append(emulator.Descriptor(tensors[name], variant.maps[name]))
-        elif name in tensors:
-            given.append(emulator.Pointer(torch.zeros(1) if tensors[name] is None else tensors[name]))
-        elif name in numbers:
-            given.append(numbers[name])
-        else:
-            assert name in variant.constants
-    emulator.launch(kernel, programs, *given, **how, **variant.constants)
-
-
 def gradients(
     a: Attention, kernels: Any, d_output: Tensor | None, d_lse: Tensor | None, programs: int = 3, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,8 +53,8 @@ def run(
     for t in (*call.gradients, call.rows[0]["stats"], call.rows[0]["plan"]):
         t.fill_(math.nan if t.is_floating_point() else -7)
     rows = VARIANTS[gluon._name(a, "backward_rows")]
-    start(rows, kernels.attention_backward_rows, call.rows, call.row_programs)
-    start(variant, kernels.attention_backward, call.main, call.programs, seed=seed, together=True)
+    emulator.launch_variant(rows, kernels.attention_backward_rows, call.rows, call.row_programs)
+    emulator.launch_variant(variant, kernels.attention_backward, call.main, call.programs, seed=seed, together=True)
     return call
 
 
@@ -176,7 +160,7 @@ def test_every_sum_is_added_up_once_in_an_order_without_circles(D: int, lengths:
     for programs, section in ((1, 4), (3, 1), (7, 2), (200, 3)):
         call = gluon.Backward(a, a.query, torch.zeros(2, 4, Lq), None, None, block, programs)
         call.rows[1]["section"] = section
-        start(VARIANTS[name], kernels.attention_backward_rows, call.rows, call.row_programs)
+        emulator.launch_variant(VARIANTS[name], kernels.attention_backward_rows, call.rows, call.row_programs)
         plan = call.rows[0]["plan"].view(-1, call.programs, 16)
         assert (plan[-1, :, kernels.HEAD] == -1).all() and (plan[0, :, kernels.HEAD] >= 0).all()
         taken = [tuple(one[:2].tolist()) for one in plan.view(-1, 16) if one[0] >= 0]
