@@ -59,9 +59,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-#: Keys of a program at a time: 64 for each of the two warpgroups that compute.
-BLOCK_N = gl.constexpr(128)
-
 #: Numbers that the plan has for every tile, and the places of each.
 FIELDS = gl.constexpr(16)
 HEAD = gl.constexpr(0)
@@ -82,19 +79,19 @@ NEXT = gl.constexpr(14)
 
 
 @gluon.jit
-def starts_of(q_length, keys, BLOCK_M: gl.constexpr):
+def starts_of(q_length, keys, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """How many blocks of keys start at the same queries, and how many blocks of queries further the next ones do."""
     end, blocks = gl.maximum(gl.cdiv(q_length, BLOCK_M), 1), gl.cdiv(keys, BLOCK_N)
     return gl.cdiv(blocks, end), gl.maximum(end // blocks, 1)
 
 
 @gluon.jit
-def queries_of(block, q_length, k_length, reach, keys, BLOCK_M: gl.constexpr):
+def queries_of(block, q_length, k_length, reach, keys, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """First block of queries that sees some of a block of keys, how many do, and where a program starts."""
     j0 = block * BLOCK_N
     first = gl.maximum(j0 + 1 - reach, 0) // BLOCK_M
     count = gl.where(j0 < k_length, gl.maximum(gl.cdiv(q_length, BLOCK_M) - first, 0), 0)
-    together, apart = starts_of(q_length, keys, BLOCK_M)
+    together, apart = starts_of(q_length, keys, BLOCK_M, BLOCK_N)
     return first, count, gl.maximum(first, block // together * apart)
 
 
@@ -123,7 +120,9 @@ def mates_of(turn, head, heads, blocks, programs, section):
 
 
 @gluon.jit
-def added_before(queries, block, turn, mates, end, together, apart, k_length, reach, BLOCK_M: gl.constexpr):
+def added_before(
+    queries, block, turn, mates, end, together, apart, k_length, reach, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+):
     """How many blocks of keys are added to a block of queries before ``block`` is, one of [mates, end) of this round.
     What a block of keys is seen by, those before it are, too."""
     end = gl.minimum(end, gl.cdiv(k_length, BLOCK_N))
@@ -138,7 +137,7 @@ def added_before(queries, block, turn, mates, end, together, apart, k_length, re
 @gluon.jit
 def write_plan(
     plan, programs, batch, heads, group, queries, keys, q_lengths, k_lengths, flags, right, section,
-    BLOCK_M: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """The tiles of 128 programs and turns, one for each thread."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -153,7 +152,7 @@ def write_plan(
     block = blocks - 1 - last
     q_length, k_length = lengths_of(head // heads, q_lengths, k_lengths, flags, queries, keys)
     reach = right + 1 + gl.where(flags & 4 != 0, k_length - q_length, 0)
-    first, count, start = queries_of(block, q_length, k_length, reach, keys, BLOCK_M)
+    first, count, start = queries_of(block, q_length, k_length, reach, keys, BLOCK_M, BLOCK_N)
     # Where every row sees every key.
     whole_end = gl.where((block + 1) * BLOCK_N <= k_length, q_length // BLOCK_M, 0)
     mates, mates_end = mates_of(turn, head, batch * heads, blocks, programs, section)
@@ -178,14 +177,24 @@ def write_plan(
 
 
 @gluon.jit
-def hide(x, value, at, i0, WHO: gl.constexpr):
-    """What the sums of a warpgroup's keys and the queries from i0 on begin with: ``value`` where a query does not see a
+def half_of(at, heads, HALF: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr):
+    """Where one half of a block of keys lies: half of its keys, or half of its columns."""
+    head = gl.load(at + HEAD)
+    j0 = gl.load(at + BLOCK) * BLOCK_N
+    if BLOCK_N == ROWS:
+        return head // heads, head % heads, j0, HALF * COLUMNS
+    else:
+        return head // heads, head % heads, j0 + HALF * ROWS, 0
+
+
+@gluon.jit
+def hide(x, value, at, j0, i0):
+    """What the sums of 64 keys from j0 on and the queries from i0 on begin with: ``value`` where a query does not see a
     key. As keep_below of attn_sm90_common.py, by the first column that sees each row."""
     layout: gl.constexpr = x.type.layout
     parts = x.reshape([x.shape[0], x.shape[1] // 8, 8])
     inner: gl.constexpr = parts.type.layout
-    j = gl.load(at + BLOCK) * BLOCK_N + WHO * ROWS
-    j += gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, inner)))
+    j = j0 + gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, inner)))
     first = gl.where(j < gl.load(at + K_LENGTH), j + 1 - gl.load(at + REACH) - i0, x.shape[1])
     high = gl.arange(0, x.shape[1] // 8, gl.SliceLayout(0, gl.SliceLayout(2, inner)))
     low = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, inner)))
@@ -219,43 +228,47 @@ def fence_async_global():
 @gluon.jit
 def attention_backward_rows(
     o_desc, do_desc, lse, d_lse, stats, plan, q_lengths, k_lengths, flags, right, section, programs, heads, keys,
-    padded, scale, BLOCK_M: gl.constexpr,
+    padded, scale, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Before the other kernel: what the sums of each row of queries begin with, and the plan.
 
-    Descriptors: o, do [B, Hq, Lq, D] in tiles of 64 rows. Pointers: lse and, or null (bit 3 of ``flags``), d_lse
-    [B, Hq, Lq] float32 contiguous; stats [B, Hq, 2, padded], written: -lse / c, log2(e) times, and -delta. A row that
-    sees nothing has -inf and 0; one with NaN or infinity in o or do has NaN first, which makes its p NaN. plan
-    [tiles, FIELDS] int32, written. Programs: enough for the rows, 64 each, and for the plan, 128 tiles each.
+    Descriptors: o, do [B, Hq, Lq, D] in tiles of 64 rows and up to 128 columns. Pointers: lse and, or null (bit 3 of
+    ``flags``), d_lse [B, Hq, Lq] float32 contiguous; stats [B, Hq, 2, padded], written: -lse / c, log2(e) times, and
+    -delta. A row that sees nothing has -inf and 0; one with NaN or infinity in o or do has NaN first, which makes its p
+    NaN. plan [tiles, FIELDS] int32, written. Programs: enough for the rows, 64 each, and for the plan, 128 tiles each.
     """
-    D: gl.constexpr = o_desc.block_shape[3]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    COLUMNS: gl.constexpr = o_desc.block_shape[3]
+    PARTS: gl.constexpr = 2 * ROWS // BLOCK_N
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
     batch, query_heads, queries = o_desc.shape[0], o_desc.shape[1], o_desc.shape[2]
     write_plan(
         plan, programs, batch, heads, query_heads // heads, queries, keys, q_lengths, k_lengths, flags, right, section,
-        BLOCK_M,
+        BLOCK_M, BLOCK_N,
     )  # fmt: skip
     blocks = padded // 64
     head = gl.program_id(0) // blocks
     if head < batch * query_heads:
-        o_tile = gl.allocate_shared_memory(o_desc.dtype, o_desc.block_shape, o_desc.layout)
-        do_tile = gl.allocate_shared_memory(do_desc.dtype, do_desc.block_shape, do_desc.layout)
+        o_tiles = gl.allocate_shared_memory(o_desc.dtype, [PARTS] + o_desc.block_shape, o_desc.layout)
+        do_tiles = gl.allocate_shared_memory(do_desc.dtype, [PARTS] + do_desc.block_shape, do_desc.layout)
         full = mbarrier.allocate_mbarrier()
         mbarrier.init(full, count=1)
         fence_async_shared()
         i0 = gl.program_id(0) % blocks * 64
         b, h = head // query_heads, head % query_heads
-        mbarrier.expect(full, o_desc.nbytes_per_cta + do_desc.nbytes_per_cta)
-        tma.async_load(o_desc, [b, h, i0, 0], full, o_tile)
-        tma.async_load(do_desc, [b, h, i0, 0], full, do_tile)
+        mbarrier.expect(full, PARTS * (o_desc.nbytes_per_cta + do_desc.nbytes_per_cta))
+        for part in gl.static_range(PARTS):
+            tma.async_load(o_desc, [b, h, i0, part * COLUMNS], full, o_tiles.index(part))
+            tma.async_load(do_desc, [b, h, i0, part * COLUMNS], full, do_tiles.index(part))
         i = i0 + gl.arange(0, 64, gl.SliceLayout(1, layout))
         row = head.to(gl.int64) * queries + i
         row_lse = gl.load(lse + row, mask=i < queries, other=float("-inf"))
         row_d_lse = gl.load(d_lse + row, mask=(i < queries) & (flags & 8 != 0), other=0.0)
         mbarrier.wait(full, 0)
-        out = o_tile.reshape([64, D]).load(layout).to(gl.float32)
-        d_out = do_tile.reshape([64, D]).load(layout).to(gl.float32)
-        delta = gl.sum(out * d_out, 1) - row_d_lse
+        delta = -row_d_lse
+        for part in gl.static_range(PARTS):
+            out = o_tiles.index(part).reshape([64, COLUMNS]).load(layout).to(gl.float32)
+            d_out = do_tiles.index(part).reshape([64, COLUMNS]).load(layout).to(gl.float32)
+            delta += gl.sum(out * d_out, 1)
         empty = row_lse == float("-inf")
         first = gl.where(delta - delta == 0.0, row_lse * (-1.4426950408889634 / scale), float("nan"))
         at = stats + head.to(gl.int64) * 2 * padded + i
@@ -265,11 +278,14 @@ def attention_backward_rows(
 
 @gluon.jit
 def produce(
-    q_desc, k_desc, v_desc, do_desc, stats_desc, plan, rings, barriers, BLOCK_M: gl.constexpr, STAGES: gl.constexpr
-):
+    q_desc, k_desc, v_desc, do_desc, stats_desc, plan, rings, barriers,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """The warp that fetches."""
+    COLUMNS: gl.constexpr = q_desc.block_shape[3]
+    PARTS: gl.constexpr = 2 * ROWS // BLOCK_N
     q_ring, do_ring, stats_ring, k_room, v_room = rings
-    q_full, q_empty, do_full, do_empty, keys_full, keys_empty = barriers
+    q_full, q_empty, do_full, do_empty, keys_full, keys_empty, _keys_clean = barriers
     heads = k_desc.shape[1]
     group = q_desc.shape[1] // heads
     done = 0
@@ -283,60 +299,68 @@ def produce(
         mbarrier.wait(keys_empty, (turn & 1) ^ 1)
         mbarrier.expect(keys_full, 2 * k_desc.nbytes_per_cta + 2 * v_desc.nbytes_per_cta)
         for half in gl.static_range(2):
-            j0 = gl.load(at + BLOCK) * BLOCK_N + half * ROWS
-            tma.async_load(k_desc, [b, h, j0, 0], keys_full, k_room.index(half))
-            tma.async_load(v_desc, [b, h, j0, 0], keys_full, v_room.index(half))
+            place = half_of(at, heads, half, BLOCK_N, COLUMNS)
+            tma.async_load(k_desc, place, keys_full, k_room.index(half))
+            tma.async_load(v_desc, place, keys_full, v_room.index(half))
         for query_head in range(h * group, h * group + group):
             for step in range(count):
                 i0 = queries_at(step, turn, first, count, start) * BLOCK_M
                 slot = done % STAGES
                 phase = (done // STAGES & 1) ^ 1
                 mbarrier.wait(q_empty.index(slot), phase)
-                mbarrier.expect(q_full.index(slot), q_desc.nbytes_per_cta + stats_desc.nbytes_per_cta)
-                tma.async_load(q_desc, [b, query_head, i0, 0], q_full.index(slot), q_ring.index(slot))
+                mbarrier.expect(q_full.index(slot), PARTS * q_desc.nbytes_per_cta + stats_desc.nbytes_per_cta)
+                for part in gl.static_range(PARTS):
+                    place = [b, query_head, i0, part * COLUMNS]
+                    tma.async_load(q_desc, place, q_full.index(slot), q_ring.index(PARTS * slot + part))
                 tma.async_load(stats_desc, [b, query_head, 0, i0], q_full.index(slot), stats_ring.index(slot))
                 mbarrier.wait(do_empty.index(slot), phase)
-                mbarrier.expect(do_full.index(slot), do_desc.nbytes_per_cta)
-                tma.async_load(do_desc, [b, query_head, i0, 0], do_full.index(slot), do_ring.index(slot))
+                mbarrier.expect(do_full.index(slot), PARTS * do_desc.nbytes_per_cta)
+                for part in gl.static_range(PARTS):
+                    place = [b, query_head, i0, part * COLUMNS]
+                    tma.async_load(do_desc, place, do_full.index(slot), do_ring.index(PARTS * slot + part))
                 done += 1
         at += gl.load(at + NEXT)
 
 
 @gluon.jit
 def add_queries(
-    dq_desc, k_desc, turns, plan, dq_ring, dq_full, dq_empty, BLOCK_M: gl.constexpr, DQ_STAGES: gl.constexpr
-):
-    """The warp that adds dq up."""
+    dq_desc, k_desc, turns, plan, dq_rings, dq_full, dq_empties,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, DQ_STAGES: gl.constexpr,
+):  # fmt: skip
+    """The warp that adds dq up, of which there are two tiles in each of ``dq_rings``."""
+    PARTS: gl.constexpr = 2 * ROWS // BLOCK_N
     heads = k_desc.shape[1]
     group = dq_desc.shape[1] // heads
     done = 0
     at = plan
     while gl.load(at + HEAD) >= 0:
         b, h = gl.load(at + HEAD) // heads, gl.load(at + HEAD) % heads
-        together, apart = starts_of(gl.load(at + Q_LENGTH), k_desc.shape[2], BLOCK_M)
+        together, apart = starts_of(gl.load(at + Q_LENGTH), k_desc.shape[2], BLOCK_M, BLOCK_N)
         for query_head in range(h * group, h * group + group):
             for step in range(gl.load(at + COUNT)):
                 turn = gl.load(at + TURN)
                 i = queries_at(step, turn, gl.load(at + FIRST), gl.load(at + COUNT), gl.load(at + START))
                 before = added_before(
                     i, gl.load(at + BLOCK), turn, gl.load(at + MATES), gl.load(at + MATES_END), together, apart,
-                    gl.load(at + K_LENGTH), gl.load(at + REACH), BLOCK_M,
+                    gl.load(at + K_LENGTH), gl.load(at + REACH), BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 row = (b * dq_desc.shape[1] + query_head).to(gl.int64)
                 counter = turns + row * gl.cdiv(dq_desc.shape[2], BLOCK_M) + i
                 slot = done % DQ_STAGES
-                for half in gl.static_range(2):
-                    mbarrier.wait(dq_full.index(2 * slot + half), done // DQ_STAGES & 1)
-                gl.atomic_poll(counter, before, sem="acquire", scope="gpu")
-                fence_async_global()
-                for half in gl.static_range(2):
-                    if BLOCK_M == 64:
-                        place = [b, query_head, i * BLOCK_M, half * 64]
-                    else:
-                        place = [b, query_head, i * BLOCK_M + half * 64, 0]
-                    tma.async_atomic_add(dq_desc, place, dq_ring.index(2 * slot + half))
-                tma.store_wait(0)
-                mbarrier.arrive(dq_empty.index(slot))
+                for part in gl.static_range(PARTS):
+                    for half in gl.static_range(2):
+                        mbarrier.wait(dq_full.index(2 * (PARTS * slot + part) + half), done // DQ_STAGES & 1)
+                    if part == 0:
+                        gl.atomic_poll(counter, before, sem="acquire", scope="gpu")
+                        fence_async_global()
+                    for half in gl.static_range(2):
+                        if BLOCK_M == 64:
+                            place = [b, query_head, i * BLOCK_M, (PARTS * half + part) * 64]
+                        else:
+                            place = [b, query_head, i * BLOCK_M + half * 64, 0]
+                        tma.async_atomic_add(dq_desc, place, dq_rings[part].index(2 * slot + half))
+                    tma.store_wait(0)
+                    mbarrier.arrive(dq_empties[part].index(slot))
                 tma.store_wait(0, read_only=False)
                 gl.barrier()
                 gl.atomic_add(counter, 1, sem="release", scope="gpu")
@@ -355,7 +379,7 @@ def operands_of_dq(ds, k_room, HALF: gl.constexpr, WHO: gl.constexpr, BLOCK_M: g
 
 
 @gluon.jit
-def consume(
+def consume_keys(
     dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_ring, barriers, ds_full, ds_empty, dq_full, dq_empty,
     WHO: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr, DQ_STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -372,7 +396,7 @@ def consume(
     operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
 
     q_ring, do_ring, stats_ring, k_room, v_room = rings
-    q_full, q_empty, do_full, do_empty, keys_full, keys_empty = barriers
+    q_full, q_empty, do_full, do_empty, keys_full, keys_empty, _keys_clean = barriers
     no_scores = gl.zeros([ROWS, BLOCK_M], gl.float32, scores)
     no_sums = gl.zeros([64, 64], gl.float32, query_sums)
     k = k_room.index(WHO).reshape([ROWS, D])
@@ -413,8 +437,9 @@ def consume(
             s, _ = gl.broadcast(stats.slice(0, 1).load(scores), no_scores)
             dp, _ = gl.broadcast(stats.slice(1, 1).load(scores), no_scores)
             if part:
-                s = hide(s, float("-inf"), at, i * BLOCK_M, WHO)
-                dp = hide(dp, 0.0, at, i * BLOCK_M, WHO)
+                j0 = half_of(at, 1, WHO, 2 * ROWS, D)[2]
+                s = hide(s, float("-inf"), at, j0, i * BLOCK_M)
+                dp = hide(dp, 0.0, at, j0, i * BLOCK_M)
             s = warpgroup_mma(k, q.permute([1, 0]), s, is_async=True)
             dp = warpgroup_mma(v, do.permute([1, 0]), dp, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
@@ -454,77 +479,236 @@ def consume(
             mbarrier.wait(ds_empty.index((done - 1) % DS_STAGES), (done - 1) // DS_STAGES & 1)
         k.store((dk * (scale * 0.6931471805599453)).to(dtype))
         fence_async_shared()
-        head = gl.load(at + HEAD)
-        heads = dk_desc.shape[1]
-        j0 = gl.load(at + BLOCK) * BLOCK_N + WHO * ROWS
-        tma.async_store(dv_desc, [head // heads, head % heads, j0, 0], v_room.index(WHO))
-        tma.async_store(dk_desc, [head // heads, head % heads, j0, 0], k_room.index(WHO))
+        place = half_of(at, dk_desc.shape[1], WHO, 2 * ROWS, D)
+        tma.async_store(dv_desc, place, v_room.index(WHO))
+        tma.async_store(dk_desc, place, k_room.index(WHO))
         tma.store_wait(0)
         mbarrier.arrive(keys_empty)
         at += gl.load(at + NEXT)
 
 
 @gluon.jit
+def columns_of(ring, slot, HALF: gl.constexpr, COLUMNS: gl.constexpr):
+    """Half of the columns of a block of 64 queries: [64, COLUMNS]."""
+    return ring.index(2 * slot + HALF).reshape([ROWS, COLUMNS])
+
+
+@gluon.jit
+def consume_columns(
+    dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_rings, barriers, ds_full, ds_empty, dq_full,
+    WHO: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup that computes the scores of queries [32 WHO, 32 WHO + 32) of every block, and columns [128 WHO, 128
+    WHO + 128) of dk, dv and dq.
+
+    Its own weights and slopes go from registers into the products for dv and dk, those of the other warpgroup come from
+    shared memory. As soon as the other's are there it has read all it needs but this warpgroup's columns of q and do;
+    so dq goes out through the room in which these came.
+    """
+    COLUMNS: gl.constexpr = dk_desc.block_shape[3]
+    HALF: gl.constexpr = BLOCK_M // 2
+    dtype: gl.constexpr = dk_desc.dtype
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    query_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
+    OWN: gl.constexpr = HALF * WHO
+    OTHER: gl.constexpr = HALF * (1 - WHO)
+
+    q_ring, do_ring, stats_ring, k_room, v_room = rings
+    q_full, _q_empty, do_full, _do_empty, keys_full, keys_empty, keys_clean = barriers
+    no_scores = gl.zeros([ROWS, HALF], gl.float32, scores)
+    no_sums = gl.zeros([64, 64], gl.float32, query_sums)
+    k = k_room.index(WHO).reshape([ROWS, COLUMNS])
+    v = v_room.index(WHO).reshape([ROWS, COLUMNS])
+    done = 0
+    at = plan
+    while tl.condition(gl.load(at + HEAD) >= 0, disable_licm=True):
+        dk = gl.zeros([ROWS, COLUMNS], gl.float32, sums)
+        dv = gl.zeros([ROWS, COLUMNS], gl.float32, sums)
+        mbarrier.wait(keys_full, gl.load(at + TURN) & 1)
+        if has_odd(k, ROWS, COLUMNS) | has_odd(v, ROWS, COLUMNS):
+            make_finite(k, ROWS, COLUMNS)
+            make_finite(v, ROWS, COLUMNS)
+            fence_async_shared()
+        mbarrier.arrive(keys_clean)
+        mbarrier.wait(keys_clean, gl.load(at + TURN) & 1)
+        for n in tl.range(0, gl.load(at + STEPS), disable_licm=True):
+            slot = done % STAGES
+            phase = done // STAGES & 1
+            ds_slot = done % DS_STAGES
+            ds_phase = done // DS_STAGES & 1
+            stats = stats_ring.index(slot).reshape([2, BLOCK_M]).slice(OWN, HALF, dim=1)
+            weights_room = ds_ring.index(2 * ds_slot)
+            slopes_room = ds_ring.index(2 * ds_slot + 1)
+
+            mbarrier.wait(q_full.index(slot), phase)
+            mbarrier.wait(do_full.index(slot), phase)
+            i = queries_of_step(at, n)
+            part = (i < gl.load(at + WHOLE)) | (i >= gl.load(at + WHOLE_END))
+            if part:
+                for half in gl.static_range(2):
+                    q = columns_of(q_ring, slot, half, COLUMNS).slice(OWN, HALF)
+                    do = columns_of(do_ring, slot, half, COLUMNS).slice(OWN, HALF)
+                    if has_odd(q, HALF, COLUMNS) | has_odd(do, HALF, COLUMNS):
+                        make_finite(q, HALF, COLUMNS)
+                        make_finite(do, HALF, COLUMNS)
+                fence_async_shared()
+                gl.barrier()
+            s, _ = gl.broadcast(stats.slice(0, 1).load(scores), no_scores)
+            dp, _ = gl.broadcast(stats.slice(1, 1).load(scores), no_scores)
+            if part:
+                j0 = half_of(at, 1, WHO, ROWS, COLUMNS)[2]
+                s = hide(s, float("-inf"), at, j0, i * BLOCK_M + OWN)
+                dp = hide(dp, 0.0, at, j0, i * BLOCK_M + OWN)
+            for half in gl.static_range(2):
+                q = columns_of(q_ring, slot, half, COLUMNS).slice(OWN, HALF)
+                s = warpgroup_mma(columns_of(k_room, 0, half, COLUMNS), q.permute([1, 0]), s, is_async=True)
+            for half in gl.static_range(2):
+                do = columns_of(do_ring, slot, half, COLUMNS).slice(OWN, HALF)
+                dp = warpgroup_mma(columns_of(v_room, 0, half, COLUMNS), do.permute([1, 0]), dp, is_async=True)
+            s = warpgroup_mma_wait(2, deps=[s])
+            p = gl.exp2(s * scale)
+            q = columns_of(q_ring, slot, WHO, COLUMNS)
+            do = columns_of(do_ring, slot, WHO, COLUMNS)
+            weights = gl.convert_layout(p.to(dtype), operand, assert_trivial=True)
+            dv = warpgroup_mma(weights, do.slice(OWN, HALF), dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=[dp])
+            slopes = (p * dp).to(dtype)
+            mbarrier.wait(ds_empty.index(ds_slot), ds_phase ^ 1)
+            weights_room.slice(OWN, HALF).permute([1, 0]).store(p.to(dtype))
+            slopes_room.slice(OWN, HALF).permute([1, 0]).store(slopes)
+            fence_async_shared()
+            mbarrier.arrive(ds_full.index(2 * ds_slot + WHO))
+            mbarrier.wait(ds_full.index(2 * ds_slot + WHO), ds_phase)
+            mbarrier.wait(ds_full.index(2 * ds_slot + 1 - WHO), ds_phase)
+            others = weights_room.slice(OTHER, HALF).permute([1, 0])
+            dv = warpgroup_mma(others, do.slice(OTHER, HALF), dv, is_async=True)
+            dq = warpgroup_mma(slopes_room, k.slice(0, 64, dim=1), no_sums, use_acc=False, is_async=True)
+            slopes = gl.convert_layout(slopes, operand, assert_trivial=True)
+            dk = warpgroup_mma(slopes, q.slice(OWN, HALF), dk, is_async=True)
+            others = slopes_room.slice(OTHER, HALF).permute([1, 0])
+            dk = warpgroup_mma(others, q.slice(OTHER, HALF), dk, is_async=True)
+            dv, dq, weights = warpgroup_mma_wait(2, deps=[dv, dq, weights])
+            # While dk is computed.
+            dq_rings[0].index(2 * slot + WHO).reshape([64, 64]).store(dq)
+            fence_async_shared()
+            mbarrier.arrive(dq_full.index(4 * slot + WHO))
+            dq = warpgroup_mma(slopes_room, k.slice(64, 64, dim=1), no_sums, use_acc=False, is_async=True)
+            dk, dq, slopes = warpgroup_mma_wait(0, deps=[dk, dq, slopes])
+            mbarrier.arrive(ds_empty.index(ds_slot))
+            dq_rings[1].index(2 * slot + WHO).reshape([64, 64]).store(dq)
+            fence_async_shared()
+            mbarrier.arrive(dq_full.index(4 * slot + 2 + WHO))
+            done += 1
+
+        # In the places of k and v: the other warpgroup reads this one's columns for scores and dp only.
+        v.store(dv.to(dtype))
+        k.store((dk * (scale * 0.6931471805599453)).to(dtype))
+        fence_async_shared()
+        place = half_of(at, dk_desc.shape[1], WHO, ROWS, COLUMNS)
+        tma.async_store(dv_desc, place, v_room.index(WHO))
+        tma.async_store(dk_desc, place, k_room.index(WHO))
+        tma.store_wait(0)
+        mbarrier.arrive(keys_empty)
+        at += gl.load(at + NEXT)
+
+
+@gluon.jit
+def consume(
+    dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_rings, barriers, ds_full, ds_empty, dq_full, dq_empties,
+    WHO: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr,
+    DQ_STAGES: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup that computes."""
+    if BLOCK_N == ROWS:
+        consume_columns(
+            dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_rings, barriers, ds_full, ds_empty, dq_full, WHO,
+            BLOCK_M, STAGES, DS_STAGES,
+        )  # fmt: skip
+    else:
+        consume_keys(
+            dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_rings[0], barriers, ds_full, ds_empty, dq_full,
+            dq_empties[0], WHO, BLOCK_M, STAGES, DS_STAGES, DQ_STAGES,
+        )  # fmt: skip
+
+
+@gluon.jit
 def attention_backward(
     q_desc, k_desc, v_desc, do_desc, stats_desc, dq_desc, dk_desc, dv_desc, turns, plan, scale,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr, DQ_STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr,
+    DQ_STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
+    PARTS: gl.constexpr = 2 * ROWS // BLOCK_N
     swizzled: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], dtype)
-    q_ring = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_shape, q_desc.layout)
-    do_ring = gl.allocate_shared_memory(dtype, [STAGES] + do_desc.block_shape, do_desc.layout)
+    q_ring = gl.allocate_shared_memory(dtype, [PARTS * STAGES] + q_desc.block_shape, q_desc.layout)
+    do_ring = gl.allocate_shared_memory(dtype, [PARTS * STAGES] + do_desc.block_shape, do_desc.layout)
     stats_ring = gl.allocate_shared_memory(gl.float32, [STAGES] + stats_desc.block_shape, stats_desc.layout)
     k_room = gl.allocate_shared_memory(dtype, [2] + k_desc.block_shape, k_desc.layout)
     v_room = gl.allocate_shared_memory(dtype, [2] + v_desc.block_shape, v_desc.layout)
     ds_ring = gl.allocate_shared_memory(dtype, [2 * DS_STAGES, ROWS, BLOCK_M], swizzled)
-    dq_ring = gl.allocate_shared_memory(gl.float32, [2 * DQ_STAGES] + dq_desc.block_shape, dq_desc.layout)
     q_full = mbarrier.allocate_mbarrier(batch=STAGES)
     q_empty = mbarrier.allocate_mbarrier(batch=STAGES)
     do_full = mbarrier.allocate_mbarrier(batch=STAGES)
     do_empty = mbarrier.allocate_mbarrier(batch=STAGES)
     ds_full = mbarrier.allocate_mbarrier(batch=2 * DS_STAGES)
     ds_empty = mbarrier.allocate_mbarrier(batch=DS_STAGES)
-    dq_full = mbarrier.allocate_mbarrier(batch=2 * DQ_STAGES)
-    dq_empty = mbarrier.allocate_mbarrier(batch=DQ_STAGES)
-    keys = mbarrier.allocate_mbarrier(batch=2)
+    dq_full = mbarrier.allocate_mbarrier(batch=2 * PARTS * DQ_STAGES)
+    keys = mbarrier.allocate_mbarrier(batch=3)
+    dq_tiles: gl.constexpr = [2 * DQ_STAGES] + dq_desc.block_shape
+    if BLOCK_N == ROWS:
+        # A slot of q or do is empty when TMA has added what took its place.
+        dq_rings = (
+            do_ring.reinterpret(gl.float32, dq_tiles, dq_desc.layout),
+            q_ring.reinterpret(gl.float32, dq_tiles, dq_desc.layout),
+        )
+        dq_empties = (do_empty, q_empty)
+    else:
+        dq_rings = (gl.allocate_shared_memory(gl.float32, dq_tiles, dq_desc.layout),)
+        dq_empties = (mbarrier.allocate_mbarrier(batch=DQ_STAGES),)
+        for n in gl.static_range(DQ_STAGES):
+            mbarrier.init(dq_empties[0].index(n), count=1)
     for n in gl.static_range(STAGES):
         mbarrier.init(q_full.index(n), count=1)
         mbarrier.init(do_full.index(n), count=1)
-        mbarrier.init(q_empty.index(n), count=2)
-        mbarrier.init(do_empty.index(n), count=2)
+        mbarrier.init(q_empty.index(n), count=BLOCK_N // ROWS)
+        mbarrier.init(do_empty.index(n), count=BLOCK_N // ROWS)
     for n in gl.static_range(DS_STAGES):
         mbarrier.init(ds_full.index(2 * n), count=1)
         mbarrier.init(ds_full.index(2 * n + 1), count=1)
         mbarrier.init(ds_empty.index(n), count=2)
-    for n in gl.static_range(DQ_STAGES):
-        mbarrier.init(dq_full.index(2 * n), count=1)
-        mbarrier.init(dq_full.index(2 * n + 1), count=1)
-        mbarrier.init(dq_empty.index(n), count=1)
+    for n in gl.static_range(2 * PARTS * DQ_STAGES):
+        mbarrier.init(dq_full.index(n), count=1)
     mbarrier.init(keys.index(0), count=1)
     mbarrier.init(keys.index(1), count=2)
+    mbarrier.init(keys.index(2), count=2)
     fence_async_shared()
 
     plan += gl.program_id(0) * FIELDS
     rings = (q_ring, do_ring, stats_ring, k_room, v_room)
-    barriers = (q_full, q_empty, do_full, do_empty, keys.index(0), keys.index(1))
+    barriers = (q_full, q_empty, do_full, do_empty, keys.index(0), keys.index(1), keys.index(2))
     gl.warp_specialize(
         [
             (
                 consume,
                 (
-                    dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_ring, barriers, ds_full, ds_empty, dq_full,
-                    dq_empty, 0, BLOCK_M, STAGES, DS_STAGES, DQ_STAGES,
+                    dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_rings, barriers, ds_full, ds_empty, dq_full,
+                    dq_empties, 0, BLOCK_M, BLOCK_N, STAGES, DS_STAGES, DQ_STAGES,
                 ),
             ),
             (
                 consume,
                 (
-                    dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_ring, barriers, ds_full, ds_empty, dq_full,
-                    dq_empty, 1, BLOCK_M, STAGES, DS_STAGES, DQ_STAGES,
+                    dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_rings, barriers, ds_full, ds_empty, dq_full,
+                    dq_empties, 1, BLOCK_M, BLOCK_N, STAGES, DS_STAGES, DQ_STAGES,
                 ),
             ),
-            (produce, (q_desc, k_desc, v_desc, do_desc, stats_desc, plan, rings, barriers, BLOCK_M, STAGES)),
-            (add_queries, (dq_desc, k_desc, turns, plan, dq_ring, dq_full, dq_empty, BLOCK_M, DQ_STAGES)),
+            (produce, (q_desc, k_desc, v_desc, do_desc, stats_desc, plan, rings, barriers, BLOCK_M, BLOCK_N, STAGES)),
+            (
+                add_queries,
+                (dq_desc, k_desc, turns, plan, dq_rings, dq_full, dq_empties, BLOCK_M, BLOCK_N, DQ_STAGES),
+            ),
         ],
         [4, 1, 1],
         [232, 40, 40],

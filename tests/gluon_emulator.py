@@ -133,14 +133,18 @@ class Shared:
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
         return Shared(self.data.narrow(dim, start, length), self.dirt.narrow(dim, start, length))
 
+    def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
+        dirt = self.dirt.view({1: torch.uint8, 2: torch.int16}[dtype.itemsize // self.dtype.itemsize])
+        return Shared(self.data.view(dtype).view(*shape), dirt.view(*shape))
+
     def load(self, layout: Any) -> Tile:
         return tile(self.data.clone())
 
     def gather(self, indices: torch.Tensor, axis: int) -> Tile:
         return tile(torch.gather(self.data, axis, indices.long().as_subclass(torch.Tensor)))
 
-    def place(self) -> tuple[int, int]:
-        return self.data.untyped_storage().data_ptr(), self.data.storage_offset()
+    def place(self) -> int:
+        return self.data.data_ptr()
 
     def store(self, value: torch.Tensor) -> None:
         if self.place() in [copy.place for copy in machine().copies if copy.reads]:

@@ -48,8 +48,7 @@ def run(
 ) -> gluon.Backward:
     output, lse = exact(a)
     variant = VARIANTS[gluon._name(a, "backward")]
-    block = variant.constants["BLOCK_M"]
-    call = gluon.Backward(a, output.to(a.query.dtype), lse.float(), d_output, d_lse, block, programs)
+    call = gluon.Backward(a, output.to(a.query.dtype), lse.float(), d_output, d_lse, variant.constants, programs)
     for t in (*call.gradients, call.rows[0]["stats"], call.rows[0]["plan"]):
         t.fill_(math.nan if t.is_floating_point() else -7)
     rows = VARIANTS[gluon._name(a, "backward_rows")]
@@ -151,14 +150,15 @@ def test_every_sum_is_added_up_once_in_an_order_without_circles(D: int, lengths:
     Lq, Lk, right, bottom_right = lengths
     case = {"B": 2, "Hq": 4, "Hk": 2, "Lq": Lq, "Lk": Lk, "D": D, "right": right, "bottom_right": bottom_right}
     a = problem({**case, "q_lengths": [Lq, Lq - 60], "k_lengths": [Lk, Lk // 3]})
-    block = VARIANTS[gluon._name(a, "backward")].constants["BLOCK_M"]
+    sizes = VARIANTS[gluon._name(a, "backward")].constants
+    block = (sizes["BLOCK_M"], sizes["BLOCK_N"])
     name = gluon._name(a, "backward_rows")
-    blocks = -(-Lk // 128)
+    blocks = -(-Lk // block[1])
     # Query blocks that see something of a key block, of each sequence.
-    visible = F.pad(seen(a)[:, 0].float(), (0, -Lk % 128, 0, -Lq % block))
-    needed = F.max_pool2d(visible[:, None], (block, 128))[:, 0] > 0
+    visible = F.pad(seen(a)[:, 0].float(), (0, -Lk % block[1], 0, -Lq % block[0]))
+    needed = F.max_pool2d(visible[:, None], block)[:, 0] > 0
     for programs, section in ((1, 4), (3, 1), (7, 2), (200, 3)):
-        call = gluon.Backward(a, a.query, torch.zeros(2, 4, Lq), None, None, block, programs)
+        call = gluon.Backward(a, a.query, torch.zeros(2, 4, Lq), None, None, sizes, programs)
         call.rows[1]["section"] = section
         emulator.launch_variant(VARIANTS[name], kernels.attention_backward_rows, call.rows, call.row_programs)
         plan = call.rows[0]["plan"].view(-1, call.programs, 16)
@@ -171,12 +171,12 @@ def test_every_sum_is_added_up_once_in_an_order_without_circles(D: int, lengths:
             if one[kernels.HEAD] < 0:
                 continue
             fields = [one[n] for n in (kernels.FIRST, kernels.COUNT, kernels.START)]
-            spacing = kernels.starts_of(one[kernels.Q_LENGTH], emulator.Scalar(Lk), block)
+            spacing = kernels.starts_of(one[kernels.Q_LENGTH], emulator.Scalar(Lk), *block)
             for member, step in itertools.product(range(2), scalars(*range(one[kernels.COUNT]))):
                 i = kernels.queries_at(step, one[kernels.TURN], *fields)
                 before = kernels.added_before(
                     i, one[kernels.BLOCK], one[kernels.TURN], one[kernels.MATES], one[kernels.MATES_END], *spacing,
-                    one[kernels.K_LENGTH], one[kernels.REACH], block,
+                    one[kernels.K_LENGTH], one[kernels.REACH], *block,
                 )  # fmt: skip
                 events[program].append((one[kernels.HEAD] * 2 + member, int(i), one[kernels.BLOCK], int(before)))
         found = [event[:3] for some in events for event in some]

@@ -46,8 +46,10 @@ INSTRUCTIONS = (
 )  # fmt: skip
 
 #: And TMA's addition for the backward pass; what its small kernel needs.
-BACKWARD = (*INSTRUCTIONS, r"\bUTMAREDG\.4D\.ADD\b", r"\bFENCE\.VIEW\.ASYNC\.G\b", r"\bREDG\.E\.ADD\.STRONG\.GPU\b")
-ROWS = (r"\bUTMALDG\.4D\b", r"\bSYNCS\.")
+BACKWARD_INSTRUCTIONS = (
+    *INSTRUCTIONS, r"\bUTMAREDG\.4D\.ADD\b", r"\bFENCE\.VIEW\.ASYNC\.G\b", r"\bREDG\.E\.ADD\.STRONG\.GPU\b",
+)  # fmt: skip
+ROWS_INSTRUCTIONS = (r"\bUTMALDG\.4D\b", r"\bSYNCS\.")
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 #: By head dimension: what registers and shared memory have room for.
@@ -55,6 +57,12 @@ FORWARD = {
     64: {"BLOCK_N": 128, "STAGES": 3, "Q_STAGES": 2},
     128: {"BLOCK_N": 128, "STAGES": 2, "Q_STAGES": 2},
     256: {"BLOCK_N": 64, "STAGES": 2, "Q_STAGES": 1},
+}
+#: Of 64 keys at a time the warpgroups share the columns, of 128 the keys.
+BACKWARD = {
+    64: {"BLOCK_M": 128, "BLOCK_N": 128},
+    128: {"BLOCK_M": 64, "BLOCK_N": 128},
+    256: {"BLOCK_M": 64, "BLOCK_N": 64},
 }
 POINTERS = {
     "lse": "*fp32", "d_lse": "*fp32", "stats": "*fp32", "turns": "*i32", "plan": "*i32", "q_lengths": "*i64",
@@ -91,24 +99,25 @@ def variants() -> list[Variant]:
                     sizes,
                 )
             )  # fmt: skip
-        for columns, rows in ((64, 128), (128, 64)):
+        for columns, sizes in BACKWARD.items():
+            rows, width = sizes["BLOCK_M"], min(columns, 128)
             tiles = {"q_desc": rows, "do_desc": rows, "k_desc": 64, "v_desc": 64, "dk_desc": 64, "dv_desc": 64}
-            maps = {name: [1, 1, count, columns] for name, count in tiles.items()}
+            maps = {name: [1, 1, count, width] for name, count in tiles.items()}
             maps |= {"stats_desc": [1, 1, 2, rows], "dq_desc": [1, 1, 64, 64]}
             found.append(
                 Variant(
                     f"backward_{dtype}_{columns}", "attn_sm90_bwd", "attention_backward", dtype, maps,
-                    {"BLOCK_M": rows, "STAGES": 2, "DS_STAGES": 1, "DQ_STAGES": 2}, BACKWARD,
+                    {**sizes, "STAGES": 2, "DS_STAGES": 1, "DQ_STAGES": 2}, BACKWARD_INSTRUCTIONS,
                     # Else what depends on the thread is computed once for all partitions, and there are not registers
                     # enough to keep it.
                     "disable-machine-cse",
                 )
             )  # fmt: skip
-            maps = {name: [1, 1, 64, columns] for name in ("o_desc", "do_desc")}
+            maps = {name: [1, 1, 64, width] for name in ("o_desc", "do_desc")}
             found.append(
                 Variant(
                     f"backward_rows_{dtype}_{columns}", "attn_sm90_bwd", "attention_backward_rows", dtype, maps,
-                    {"BLOCK_M": rows}, ROWS,
+                    sizes, ROWS_INSTRUCTIONS,
                 )
             )  # fmt: skip
     return found
@@ -234,11 +243,7 @@ def described(variant: Variant, kernel: Any) -> dict[str, Any]:
             }
             for name, meta in described_maps
         },
-        "sizes": {
-            **variant.constants,
-            "dtype": variant.dtype,
-            "columns": variant.maps["o_desc" if "o_desc" in variant.maps else "q_desc"][3],
-        },
+        "sizes": variant.constants,
     }
 
 

@@ -28,10 +28,9 @@ from fastgru.backends.reference_attention import Attention, empty_like_layout
 CUBINS = Path(_lib.__file__).parent / "cubins"
 TABLE = Path(__file__).with_name("attention_table.json")
 
-# Queries of one tile forward, keys of one backward, numbers of the backward kernel's plan for one; and what the tensors
-# of a section of heads may take of the L2 cache.
+# Queries of one tile forward, numbers of the backward kernel's plan for one of its tiles; and what the tensors of a
+# section of heads may take of the L2 cache.
 _ROWS = 128
-_KEYS = 128
 _FIELDS = 16
 _SECTION_BYTES = 32 * 2**20
 
@@ -217,16 +216,17 @@ def _numbers(a: Attention, section: int) -> dict[str, float]:
 
 class Backward:
     """What the backward kernels take, by the names of their arguments, and how many programs each has; ``programs`` of
-    the main one run at a time, and the order in which gradients are added up depends on their number."""
+    the main one run at a time, and the order in which gradients are added up depends on their number. ``sizes`` are
+    those of the kernel, of a block of queries (BLOCK_M) and of keys (BLOCK_N)."""
 
     def __init__(
         self, a: Attention, output: Tensor, lse: Tensor, d_output: Tensor | None, d_lse: Tensor | None,
-        block: int, processors: int,
+        sizes: dict[str, Any], processors: int,
     ) -> None:  # fmt: skip
         device = a.query.device
         batch, heads, queries, _ = a.query.shape
         key_heads, keys = a.key.shape[1:3]
-        tiles = batch * key_heads * -(-keys // _KEYS)
+        tiles = batch * key_heads * -(-keys // sizes["BLOCK_N"])
         self.programs = min(tiles, processors)
         # Of the plan, with one round more, which ends it.
         slots = self.programs * (-(-tiles // self.programs) + 1)
@@ -255,7 +255,7 @@ class Backward:
                 "q_desc": for_tma(a.query), "k_desc": for_tma(a.key), "v_desc": for_tma(a.value), "do_desc": do_desc,
                 "stats_desc": stats, "dq_desc": self.d_query, "dk_desc": for_tma(self.gradients[1]),
                 "dv_desc": for_tma(self.gradients[2]), "plan": plan,
-                "turns": torch.zeros((batch, heads, -(-queries // block)), dtype=torch.int32, device=device),
+                "turns": torch.zeros((batch, heads, -(-queries // sizes["BLOCK_M"])), dtype=torch.int32, device=device),
             },
             {"scale": scale},
         )  # fmt: skip
@@ -297,8 +297,8 @@ def _launch_backward(
     a: Attention, output: Tensor, lse: Tensor, d_output: Tensor | None, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     device = a.query.device
-    block = (manifest() or {})[_name(a, "backward")]["sizes"]["BLOCK_M"]
-    call = Backward(a, output, lse, d_output, d_lse, block, _processors(device))
+    sizes = (manifest() or {})[_name(a, "backward")]["sizes"]
+    call = Backward(a, output, lse, d_output, d_lse, sizes, _processors(device))
     _start(_name(a, "backward_rows"), call.rows, call.row_programs, device)
     # Its programs wait for each other.
     _start(_name(a, "backward"), call.main, call.programs, device, cooperative=True)
