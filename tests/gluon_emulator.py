@@ -543,8 +543,9 @@ def _fakes() -> dict[str, types.ModuleType]:
     }
 
 
-def emulated(*names: str, changes: dict[str, str] | None = None) -> types.ModuleType:
-    """The last of the modules of kernels/, which may import those before it, with pieces of its source replaced."""
+def emulated(*names: str, changes: dict[str, str] | None = None, after: str = "") -> types.ModuleType:
+    """The last of the modules of kernels/, which may import those before it, with pieces of its source replaced: the
+    first of each that come after ``after``."""
     fakes = _fakes()
     before = dict(sys.modules)
     try:
@@ -553,8 +554,9 @@ def emulated(*names: str, changes: dict[str, str] | None = None) -> types.Module
             source = (KERNELS / f"{name}.py").read_text()
             if name == names[-1]:
                 for old, new in (changes or {}).items():
-                    assert source.count(old) >= 1, f"{name}.py no longer holds {old!r}"
-                    source = source.replace(old, new, 1)
+                    start = source.index(after)
+                    assert old in source[start:], f"{name}.py no longer holds {old!r}"
+                    source = source[:start] + source[start:].replace(old, new, 1)
             module = types.ModuleType(f"fastgru.kernels.{name}")
             exec(compile(source, f"{name}.py", "exec", dont_inherit=True), vars(module))
             sys.modules[module.__name__] = module
