@@ -103,10 +103,15 @@ def queries_at(step, turn, first, count, start):
 
 
 @gluon.jit
+def queries_of_head(at, step):
+    """The block of queries of a step, of one head, of a tile of the plan."""
+    return queries_at(step, gl.load(at + TURN), gl.load(at + FIRST), gl.load(at + COUNT), gl.load(at + START))
+
+
+@gluon.jit
 def queries_of_step(at, n):
-    """The block of queries of the n-th step, of all heads of the group, of a tile of the plan."""
-    count = gl.load(at + COUNT)
-    return queries_at(n % count, gl.load(at + TURN), gl.load(at + FIRST), count, gl.load(at + START))
+    """The block of queries of the n-th step, of all heads of the group."""
+    return queries_of_head(at, n % gl.load(at + COUNT))
 
 
 @gluon.jit
@@ -291,33 +296,30 @@ def produce(
     done = 0
     at = plan
     while gl.load(at + HEAD) >= 0:
-        turn = gl.load(at + TURN)
-        first = gl.load(at + FIRST)
-        count = gl.load(at + COUNT)
-        start = gl.load(at + START)
         b, h = gl.load(at + HEAD) // heads, gl.load(at + HEAD) % heads
-        mbarrier.wait(keys_empty, (turn & 1) ^ 1)
+        mbarrier.wait(keys_empty, (gl.load(at + TURN) & 1) ^ 1)
         mbarrier.expect(keys_full, 2 * k_desc.nbytes_per_cta + 2 * v_desc.nbytes_per_cta)
         for half in gl.static_range(2):
             place = half_of(at, heads, half, BLOCK_N, COLUMNS)
             tma.async_load(k_desc, place, keys_full, k_room.index(half))
             tma.async_load(v_desc, place, keys_full, v_room.index(half))
         for query_head in range(h * group, h * group + group):
-            for step in range(count):
-                i0 = queries_at(step, turn, first, count, start) * BLOCK_M
+            for step in range(gl.load(at + COUNT)):
+                i0 = queries_of_head(at, step) * BLOCK_M
                 slot = done % STAGES
                 phase = (done // STAGES & 1) ^ 1
+                # The slot of do is empty before that of q.
+                mbarrier.wait(do_empty.index(slot), phase)
+                mbarrier.expect(do_full.index(slot), PARTS * do_desc.nbytes_per_cta)
+                for part in gl.static_range(PARTS):
+                    place = [b, query_head, i0, part * COLUMNS]
+                    tma.async_load(do_desc, place, do_full.index(slot), do_ring.index(PARTS * slot + part))
                 mbarrier.wait(q_empty.index(slot), phase)
                 mbarrier.expect(q_full.index(slot), PARTS * q_desc.nbytes_per_cta + stats_desc.nbytes_per_cta)
                 for part in gl.static_range(PARTS):
                     place = [b, query_head, i0, part * COLUMNS]
                     tma.async_load(q_desc, place, q_full.index(slot), q_ring.index(PARTS * slot + part))
                 tma.async_load(stats_desc, [b, query_head, 0, i0], q_full.index(slot), stats_ring.index(slot))
-                mbarrier.wait(do_empty.index(slot), phase)
-                mbarrier.expect(do_full.index(slot), PARTS * do_desc.nbytes_per_cta)
-                for part in gl.static_range(PARTS):
-                    place = [b, query_head, i0, part * COLUMNS]
-                    tma.async_load(do_desc, place, do_full.index(slot), do_ring.index(PARTS * slot + part))
                 done += 1
         at += gl.load(at + NEXT)
 
@@ -338,11 +340,10 @@ def add_queries(
         together, apart = starts_of(gl.load(at + Q_LENGTH), k_desc.shape[2], BLOCK_M, BLOCK_N)
         for query_head in range(h * group, h * group + group):
             for step in range(gl.load(at + COUNT)):
-                turn = gl.load(at + TURN)
-                i = queries_at(step, turn, gl.load(at + FIRST), gl.load(at + COUNT), gl.load(at + START))
+                i = queries_of_head(at, step)
                 before = added_before(
-                    i, gl.load(at + BLOCK), turn, gl.load(at + MATES), gl.load(at + MATES_END), together, apart,
-                    gl.load(at + K_LENGTH), gl.load(at + REACH), BLOCK_M, BLOCK_N,
+                    i, gl.load(at + BLOCK), gl.load(at + TURN), gl.load(at + MATES), gl.load(at + MATES_END),
+                    together, apart, gl.load(at + K_LENGTH), gl.load(at + REACH), BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 row = (b * dq_desc.shape[1] + query_head).to(gl.int64)
                 counter = turns + row * gl.cdiv(dq_desc.shape[2], BLOCK_M) + i
@@ -533,6 +534,7 @@ def consume_columns(
             fence_async_shared()
         mbarrier.arrive(keys_clean)
         mbarrier.wait(keys_clean, gl.load(at + TURN) & 1)
+        i = queries_of_head(at, 0)
         for n in tl.range(0, gl.load(at + STEPS), disable_licm=True):
             slot = done % STAGES
             phase = done // STAGES & 1
@@ -544,7 +546,6 @@ def consume_columns(
 
             mbarrier.wait(q_full.index(slot), phase)
             mbarrier.wait(do_full.index(slot), phase)
-            i = queries_of_step(at, n)
             part = (i < gl.load(at + WHOLE)) | (i >= gl.load(at + WHOLE_END))
             if part:
                 for half in gl.static_range(2):
@@ -589,8 +590,9 @@ def consume_columns(
             dk = warpgroup_mma(slopes, q.slice(OWN, HALF), dk, is_async=True)
             others = slopes_room.slice(OTHER, HALF).permute([1, 0])
             dk = warpgroup_mma(others, q.slice(OTHER, HALF), dk, is_async=True)
-            dv, dq, weights = warpgroup_mma_wait(2, deps=[dv, dq, weights])
             # While dk is computed.
+            i = queries_of_step(at, n + 1)
+            dv, dq, weights = warpgroup_mma_wait(2, deps=[dv, dq, weights])
             dq_rings[0].index(2 * slot + WHO).reshape([64, 64]).store(dq)
             fence_async_shared()
             mbarrier.arrive(dq_full.index(4 * slot + WHO))

@@ -319,7 +319,7 @@ MISTAKES_OF_COLUMNS = {
 }
 #: In what the kernel has for all columns, and matters otherwise for these.
 MISTAKES_OF_ALL = {name: MISTAKES[name] for name in ("dq released early", "out of order")} | {
-    "wrong slot released": ("dq_empties = (do_empty, q_empty)", "dq_empties = (q_empty, do_empty)"),
+    "q not released": ("dq_empties = (do_empty, q_empty)", "dq_empties = (do_empty, do_empty)"),
     "released twice": ("init(do_empty.index(n), count=BLOCK_N // ROWS)", "init(do_empty.index(n), count=2)"),
 }
 
