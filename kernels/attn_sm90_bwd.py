@@ -6,13 +6,22 @@
 with delta_i = do_i . o_i - dlse_i and c = scale log2(e) > 0. p is 0 where row i does not see key j; which it sees,
 reach and the diagonal are those of attn_sm90_fwd.py.
 
-One program per multiprocessor takes blocks of 128 keys of one key head, one after the other, as the plan says that the
-small kernel before it has written. For each it goes through the blocks of queries that see some of its keys, for every
-query head of the group. Two warpgroups compute 64 keys each, on scores that lie transposed, [keys, queries]: so p and
-ds go from registers into the products for dv and dk, whose sums stay in registers. ds also goes to shared memory,
-because dq sums over the keys of both: each warpgroup computes half of dq, half of its columns or, of 128 queries, half
-of its rows. A third group holds two warps: one has TMA fetch the tiles, through rings as in attn_sm90_fwd.py; the other
-has TMA add dq to float32 sums in memory. Products of scores and of dp begin with what is to be subtracted.
+One program per multiprocessor takes blocks of BLOCK_N keys of one key head, one after the other, as the plan says that
+the small kernel before it has written. For each it goes through the blocks of queries that see some of its keys, for
+every query head of the group. Two warpgroups compute, on scores that lie transposed, [keys, queries]: so p and ds go
+from registers into the products for dv and dk, whose sums stay in registers. A third group holds two warps: one has TMA
+fetch the tiles, through rings as in attn_sm90_fwd.py; the other has TMA add dq to float32 sums in memory. Products of
+scores and of dp begin with what is to be subtracted.
+
+With D = 64 and 128 a block has 128 keys, of which each warpgroup computes 64 (consume_keys). ds also goes to shared
+memory, because dq sums over the keys of both: each computes half of dq, half of its columns or, of 128 queries, half of
+its rows. With D = 256 the sums of 64 keys would take 256 registers of every thread. So a block has 64 keys, and each
+warpgroup computes half of the columns of dv, dk and dq (consume_columns): 128 registers for the sums. Scores, which sum
+over all columns, and dp are each computed once: half of the queries by either, so that p and ds go to shared memory for
+the other. Of 227 KiB of it k and v take 64, two slots of q and of do 128, p and ds 16. There is no room for dq, which
+goes out through the slots in which q and do came in: when a warpgroup has the other's ds, the other is done with scores
+and dp, and from then on either reads, of these slots, no columns but its own. Such a slot is empty when TMA has read dq
+there, not when the warpgroups are done.
 
 The sums are added up in a fixed order, so that results are the same bits every time. For each block of queries a
 counter says how many blocks of keys have been added, and a program waits until all that come before its own have. To
@@ -27,17 +36,18 @@ Nothing waits in a circle. An addition waits for others of the same query head o
 part, in the second; of higher or lower blocks of keys in the same part. Every program makes its own in the order of
 rounds, heads of the group and parts. Take those that are not made and least in this order, and of these the highest,
 going down lowest, block of keys that has any: its next one waits for none. Its program gets there: all programs are
-resident, for the launch is cooperative, and within one the ring of dq drains into this addition.
+resident, for the launch is cooperative, and within one the ring of dq, or the slots of q and do, drain into this
+addition: what it computes waits for its earlier ones only, which are made.
 
 The order rests on this: the counter is read with acquire; a proxy fence puts TMA's additions after it; TMA's additions
 are waited for until they are written, which makes them visible to the warp that waited; that warp then raises the
 counter with release. One warp does all this, so that a warp barrier orders its threads.
 
 Descriptors, made by the host: q, do [B, Hq, Lq, D] in tiles of BLOCK_M rows; k, v, dk, dv [B, Hk, Lk, D] in tiles of
-64; stats [B, Hq, 2, L] float32, L a multiple of 128, in tiles of BLOCK_M columns; dq [B, Hq, Lq, D] float32 in tiles of
-64 x 64, zero at first, without the factor scale. What lies beyond a tensor reads as 0 and is not written. Pointers:
-turns [B, Hq, ceil(Lq / BLOCK_M)] int32, zero at first: the counters; plan [rounds + 1, programs, FIELDS] int32. scale
-is c.
+64; all in tiles of D columns, of 128 with D = 256; stats [B, Hq, 2, L] float32, L a multiple of 128, in tiles of
+BLOCK_M columns; dq [B, Hq, Lq, D] float32 in tiles of 64 x 64, zero at first, without the factor scale. What lies
+beyond a tensor reads as 0 and is not written. Pointers: turns [B, Hq, ceil(Lq / BLOCK_M)] int32, zero at first: the
+counters; plan [rounds + 1, programs, FIELDS] int32. scale is c. PARTS: how many tiles make the columns of a row.
 Saved by the forward pass: o and lse.
 
 Hidden NaN and infinity: scores begin with -inf and dp with 0 where a query does not see a key, so p and ds are 0 there,
@@ -384,7 +394,7 @@ def consume_keys(
     dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_ring, barriers, ds_full, ds_empty, dq_full, dq_empty,
     WHO: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr, DQ_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup that computes keys [64 WHO, 64 WHO + 64) of every block.
+    """A warpgroup that computes keys [64 WHO, 64 WHO + 64) of every block of 128.
 
     Registers are short: what a step needs to know is read from the plan anew, and nothing is kept over a loop that can
     be computed in it.
@@ -499,12 +509,11 @@ def consume_columns(
     dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_rings, barriers, ds_full, ds_empty, dq_full,
     WHO: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup that computes the scores of queries [32 WHO, 32 WHO + 32) of every block, and columns [128 WHO, 128
-    WHO + 128) of dk, dv and dq.
+    """A warpgroup that computes scores of queries [32 WHO, 32 WHO + 32) and columns [128 WHO, 128 WHO + 128) of the
+    sums, of every block of 64 keys.
 
-    Its own weights and slopes go from registers into the products for dv and dk, those of the other warpgroup come from
-    shared memory. As soon as the other's are there it has read all it needs but this warpgroup's columns of q and do;
-    so dq goes out through the room in which these came.
+    Its own p and ds go into the products for dv and dk from registers, without waiting for the other's. The second half
+    of dq is computed after dk, so that both never need registers at once, and takes the place of q.
     """
     COLUMNS: gl.constexpr = dk_desc.block_shape[3]
     HALF: gl.constexpr = BLOCK_M // 2

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import pickle
@@ -52,13 +53,13 @@ BACKWARD_INSTRUCTIONS = (
 ROWS_INSTRUCTIONS = (r"\bUTMALDG\.4D\b", r"\bSYNCS\.")
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
-#: By head dimension: what registers and shared memory have room for.
+#: By head dimension: what registers and shared memory have room for. Of 64 keys at a time the warpgroups of the
+#: backward kernel share the columns, of 128 the keys.
 FORWARD = {
     64: {"BLOCK_N": 128, "STAGES": 3, "Q_STAGES": 2},
     128: {"BLOCK_N": 128, "STAGES": 2, "Q_STAGES": 2},
     256: {"BLOCK_N": 64, "STAGES": 2, "Q_STAGES": 1},
 }
-#: Of 64 keys at a time the warpgroups share the columns, of 128 the keys.
 BACKWARD = {
     64: {"BLOCK_M": 128, "BLOCK_N": 128},
     128: {"BLOCK_M": 64, "BLOCK_N": 128},
@@ -89,37 +90,37 @@ class Variant(NamedTuple):
 
 def variants() -> list[Variant]:
     found = []
-    for dtype in DTYPES:
-        for columns, sizes in FORWARD.items():
-            rows = {"q_desc": 64, "k_desc": sizes["BLOCK_N"], "v_desc": sizes["BLOCK_N"], "o_desc": 64}
-            found.append(
-                Variant(
-                    f"forward_{dtype}_{columns}", "attn_sm90_fwd", "attention_forward", dtype,
-                    {name: [1, 1, count, columns] for name, count in rows.items()},
-                    sizes,
-                )
-            )  # fmt: skip
-        for columns, sizes in BACKWARD.items():
-            rows, width = sizes["BLOCK_M"], min(columns, 128)
-            tiles = {"q_desc": rows, "do_desc": rows, "k_desc": 64, "v_desc": 64, "dk_desc": 64, "dv_desc": 64}
-            maps = {name: [1, 1, count, width] for name, count in tiles.items()}
-            maps |= {"stats_desc": [1, 1, 2, rows], "dq_desc": [1, 1, 64, 64]}
-            found.append(
-                Variant(
-                    f"backward_{dtype}_{columns}", "attn_sm90_bwd", "attention_backward", dtype, maps,
-                    {**sizes, "STAGES": 2, "DS_STAGES": 1, "DQ_STAGES": 2}, BACKWARD_INSTRUCTIONS,
-                    # Else what depends on the thread is computed once for all partitions, and there are not registers
-                    # enough to keep it.
-                    "disable-machine-cse",
-                )
-            )  # fmt: skip
-            maps = {name: [1, 1, 64, width] for name in ("o_desc", "do_desc")}
-            found.append(
-                Variant(
-                    f"backward_rows_{dtype}_{columns}", "attn_sm90_bwd", "attention_backward_rows", dtype, maps,
-                    sizes, ROWS_INSTRUCTIONS,
-                )
-            )  # fmt: skip
+    for dtype, columns in itertools.product(DTYPES, FORWARD):
+        sizes = FORWARD[columns]
+        rows = {"q_desc": 64, "k_desc": sizes["BLOCK_N"], "v_desc": sizes["BLOCK_N"], "o_desc": 64}
+        found.append(
+            Variant(
+                f"forward_{dtype}_{columns}", "attn_sm90_fwd", "attention_forward", dtype,
+                {name: [1, 1, count, columns] for name, count in rows.items()},
+                sizes,
+            )
+        )  # fmt: skip
+        sizes = BACKWARD[columns]
+        block, width = sizes["BLOCK_M"], min(columns, 128)
+        rows = {"q_desc": block, "do_desc": block, "k_desc": 64, "v_desc": 64, "dk_desc": 64, "dv_desc": 64}
+        maps = {name: [1, 1, count, width] for name, count in rows.items()}
+        maps |= {"stats_desc": [1, 1, 2, block], "dq_desc": [1, 1, 64, 64]}
+        found.append(
+            Variant(
+                f"backward_{dtype}_{columns}", "attn_sm90_bwd", "attention_backward", dtype, maps,
+                {**sizes, "STAGES": 2, "DS_STAGES": 1, "DQ_STAGES": 2}, BACKWARD_INSTRUCTIONS,
+                # Else what depends on the thread is computed once for all partitions, and there are not registers
+                # enough to keep it.
+                "disable-machine-cse",
+            )
+        )  # fmt: skip
+        maps = {name: [1, 1, 64, width] for name in ("o_desc", "do_desc")}
+        found.append(
+            Variant(
+                f"backward_rows_{dtype}_{columns}", "attn_sm90_bwd", "attention_backward_rows", dtype, maps, sizes,
+                ROWS_INSTRUCTIONS,
+            )
+        )  # fmt: skip
     return found
 
 

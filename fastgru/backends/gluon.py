@@ -1,8 +1,7 @@
 """Attention for Hopper (sm_90): the kernels of kernels/attn_sm90_*.py, which the C++ library launches.
 
 They were compiled ahead of time, travel in the CUDA wheels as cubins, with a manifest that says how each is launched
-(tools/build_cubins.py), and need neither a compiler nor Triton. A problem that has a kernel forward and none backward
-has the ``triton`` backend's backward pass.
+(tools/build_cubins.py), and need neither a compiler nor Triton. A problem that has a kernel forward has one backward.
 
 ``attention_table.json`` holds where they were measured against the ``triton`` backend: times of forward and of backward
 calls by architecture, dtype, D, L and causal or not. Under ``auto`` each of the two runs where the nearest measurement,
@@ -95,21 +94,9 @@ def why_not(a: Attention) -> str | None:
 
 def covers(dtype: torch.dtype) -> str:
     """The kernels there are for a dtype."""
-
-    def columns(kernel: str) -> list[str]:
-        head = f"{kernel}_{str(dtype).removeprefix('torch.')}_"
-        found = sorted(int(name.removeprefix(head)) for name in manifest() or {} if name.startswith(head))
-        return [str(count) for count in found] or ["none"]
-
-    forward, backward = (f"{name} with D = {', '.join(columns(name))}" for name in ("forward", "backward"))
-    return f"{forward}; {backward}, otherwise the backward pass is that of 'triton'"
-
-
-def why_not_backward(a: Attention) -> str | None:
-    """None when there is a kernel for the gradients of a problem, too, else the reason."""
-    if (reason := why_not(a)) is None and _name(a, "backward") not in (manifest() or {}):
-        reason = f"it has no backward kernel for {a.query.dtype} with head dimensions of {a.query.shape[3]}"
-    return reason
+    head = f"forward_{str(dtype).removeprefix('torch.')}_"
+    found = sorted(int(name.removeprefix(head)) for name in manifest() or {} if name.startswith(head))
+    return f"forward and backward with D = {', '.join(map(str, found)) or 'none'}"
 
 
 @functools.cache
@@ -136,7 +123,7 @@ def faster(a: Attention) -> tuple[bool, bool]:
     devices."""
     if not a.query.is_cuda or _available() is not None or why_not(a) is not None:
         return False, False
-    return wins(a), why_not_backward(a) is None and wins(a, backward=True)
+    return wins(a), wins(a, backward=True)
 
 
 def for_tma(t: Tensor) -> Tensor:
@@ -336,23 +323,23 @@ def _failed(error: RuntimeError) -> str:
 def attention_backward(
     grad_output: Tensor | None, grad_lse: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backward operator; see :mod:`fastgru.ops.attention_schema`. What has no kernel here runs on those of
-    ``triton``: output and lse are what they save, too.
+    """The backward operator; see :mod:`fastgru.ops.attention_schema`. Output and lse are what ``triton`` saves, too.
 
     Raises:
-        BackendUnavailable: the kernel does not start, and the backend was asked for by name.
+        BackendUnavailable: there is no kernel for this problem, or it does not start, and it was asked for by name.
     """
     *inputs, output, lse, _ = arguments
     a = Attention(*inputs)
     auto = registry.requested() == registry.AUTO
-    if why_not_backward(a) is None and not (auto and _broken):
+    reason = _broken[0] if auto and _broken else why_not(a)
+    if reason is None:
         try:
             grads = _launch_backward(a, output, lse, grad_output, grad_lse)
             return *grads, torch.zeros(0, dtype=a.query.dtype, device=a.query.device)
         except RuntimeError as error:
             reason = _failed(error)
-        if not auto:
-            raise registry.BackendUnavailable(f"backend 'gluon' cannot run this attention's backward pass: {reason}")
+    if not auto:
+        raise registry.BackendUnavailable(f"backend 'gluon' cannot run this attention's backward pass: {reason}")
     return triton_attention.attention_backward(grad_output, grad_lse, *arguments)
 
 
