@@ -500,7 +500,7 @@ def consume_keys(
 
 @gluon.jit
 def columns_of(ring, slot, HALF: gl.constexpr, COLUMNS: gl.constexpr):
-    """Half of the columns of a block of 64 queries: [64, COLUMNS]."""
+    """Half of the columns of a block of 64 queries, or of keys: [64, COLUMNS]."""
     return ring.index(2 * slot + HALF).reshape([ROWS, COLUMNS])
 
 
@@ -658,6 +658,7 @@ def attention_backward(
     stats_ring = gl.allocate_shared_memory(gl.float32, [STAGES] + stats_desc.block_shape, stats_desc.layout)
     k_room = gl.allocate_shared_memory(dtype, [2] + k_desc.block_shape, k_desc.layout)
     v_room = gl.allocate_shared_memory(dtype, [2] + v_desc.block_shape, v_desc.layout)
+    # ds [keys, queries] of either warpgroup; or p and ds of both, [queries, keys].
     ds_ring = gl.allocate_shared_memory(dtype, [2 * DS_STAGES, ROWS, BLOCK_M], swizzled)
     q_full = mbarrier.allocate_mbarrier(batch=STAGES)
     q_empty = mbarrier.allocate_mbarrier(batch=STAGES)
