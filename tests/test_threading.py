@@ -169,6 +169,22 @@ PROGRAMS = {
             neighbour.kill()
             neighbour.wait()
     """,
+    # After a pause the pool is asleep; a thread that wakes up on the caller's core goes to another one, for which it
+    # changes its affinity for a moment.
+    "pauses": """
+        import time
+        from pathlib import Path
+        def affinities():
+            return {task.name: os.sched_getaffinity(int(task.name)) for task in Path("/proc/self/task").iterdir()}
+        torch.set_num_threads(2)
+        want = run()
+        before = affinities()
+        assert len(before) > 1
+        for _ in range(50):
+            time.sleep(0.01)
+            assert torch.equal(run(), want)
+        assert affinities() == before
+    """,
     # As an extension does that parallelises over problems: every thread of OpenMP's calls the layer, whose own region
     # is then nested, and runs on that thread alone.
     "inside another parallel region": """

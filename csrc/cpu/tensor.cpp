@@ -1,36 +1,92 @@
 #include "tensor.h"
 
 #include <dlfcn.h>
+#include <sched.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
+#include <thread>
+
+#include "kernels/team.h"
 
 namespace fastgru {
 namespace {
 
+// A pool that has not had work for this long may be asleep.
+constexpr int64_t kPauseNs = 1'000'000;
+thread_local int64_t last_end_ns = 0;  // of the last region
+
+int current_core() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// A thread that wakes up on `core`, which is the caller's, goes to another one, by narrowing its affinity for a moment.
+// The system would leave it there, even with another core idle, until it looks again some milliseconds later.
+void leave_core(int core, int threads) {
+#if defined(__linux__)
+  cpu_set_t all;
+  if (sched_getcpu() != core || sched_getaffinity(0, sizeof all, &all) != 0 || CPU_COUNT(&all) < threads) return;
+  cpu_set_t others = all;
+  CPU_CLR(core, &others);
+  if (sched_setaffinity(0, sizeof others, &others) == 0) (void)sched_setaffinity(0, sizeof all, &all);
+#endif
+}
+
+// When the caller comes to the end of a region, all work is done. Whoever is missing has no core yet, or it is the
+// caller's, which naps give away: at the pool's own barrier the caller would keep it, spinning.
+void nap_until_zero(const std::atomic<int64_t>& missing) {
+  constexpr int kSpins = 1000;
+  for (int spin = 0; missing.load(std::memory_order_acquire); ++spin) {
+    if (spin < kSpins)
+      relax();
+    else
+      std::this_thread::sleep_for(std::chrono::microseconds(1));
+  }
+}
+
 void run_parallel(int n, void (*body)(int, void*), void* arg) {
+  const int core = current_core();
+  const bool asleep = now_ns() - last_end_ns > kPauseNs;
+  std::atomic<int64_t> missing{n};
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    if (begin > 0)
+      leave_core(core, n);
+    else if (asleep)
+      sched_yield();  // to threads that have woken up on this core
     for (int64_t i = begin; i < end; ++i) body(int(i), arg);
+    missing.fetch_sub(end - begin, std::memory_order_release);
+    if (begin == 0) nap_until_zero(missing);
   });
 }
 
 // Where another process holds a core, the thread there comes and goes, and a call waits for it longer than it would
-// take alone. After a call that waited as long as only a core taken away explains (not the first after a pause, which
-// finds the pool asleep), or two calls in a row of which a good part was waiting, that is not risked again before so
-// much time has passed that the wait could not have been worth much: the thread works alone until then, and after one
-// more such call again. (Results do not depend on the number of threads.)
-constexpr int64_t kUsualWaitNs = 50'000, kTakenNs = 1'000'000, kPauseNs = 1'000'000, kPartOfCall = 4, kTimesAsLong = 8;
-thread_local int64_t alone_until_ns = 0, last_end_ns = 0;
+// take alone. A call that waits as long as only a core taken away explains, or the second in a row of which a good part
+// is waiting, makes the thread work alone for as long as the wait was; for twice as long if that comes soon after the
+// last time, up to eight times. A pool that is asleep, after a pause or some time alone, takes a while to come back:
+// that counts only where it takes as long as that, and the second time. (Results do not depend on the number of
+// threads.)
+constexpr int64_t kUsualWaitNs = 50'000, kTakenNs = 1'000'000, kPartOfCall = 4, kMostTimes = 8;
+thread_local int64_t alone_until_ns = 0, alone_ns = 0, alone_times = 1;
 thread_local bool waited_before = false;
 
 void note_wait(int64_t waited_ns, int64_t total_ns) {
-  const int64_t end = now_ns(), pause = end - total_ns - last_end_ns;
-  const bool long_wait = waited_ns > kUsualWaitNs && waited_ns > total_ns / kPartOfCall;
-  const bool taken = waited_ns > kTakenNs && pause < kPauseNs;
-  if (long_wait && (waited_before || taken)) alone_until_ns = end + kTimesAsLong * waited_ns;
-  waited_before = long_wait;
+  const int64_t end = now_ns(), begin = end - total_ns;
+  const bool asleep = begin - last_end_ns > kPauseNs, taken = waited_ns > kTakenNs;
+  const bool waited = asleep ? taken : waited_ns > kUsualWaitNs && waited_ns > total_ns / kPartOfCall;
+  if (waited && (waited_before || (taken && !asleep))) {
+    const bool soon = begin - alone_until_ns < kMostTimes * alone_ns;
+    alone_times = soon ? std::min(2 * alone_times, kMostTimes) : 1;
+    alone_ns = alone_times * waited_ns;
+    alone_until_ns = end + alone_ns;
+  }
+  waited_before = waited;
   last_end_ns = end;
 }
 

@@ -26,6 +26,12 @@ namespace fastgru {
 
 constexpr int kMaxWorkers = 256;
 
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 class Team {
  public:
   explicit Team(int workers) : workers_(workers) {
@@ -107,12 +113,6 @@ class Worker {
     int64_t sum = 0;
     for (int v = 0; v < team_.workers_; ++v) sum += team_.members_[v].finished.load(std::memory_order_acquire);
     return sum >= target_;
-  }
-
-  static void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
   }
 
   // Spins for some ten microseconds, then gives the core away: whoever is being waited for may need it.
