@@ -9,16 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import memory
 import pytest
 import roofline
 import timing
 import torch
+from problems import Attention, Problem
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastgru.cli import _machine
 from fastgru.cli._timing import percentiles
 
 HERE = Path(__file__).parent
+OPERATIONS: dict[type, tuple[str, Callable[..., roofline.Limit]]] = {
+    Problem: ("GRU", roofline.gru_limit),
+    Attention: ("attention", roofline.attention_limit),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,22 +60,29 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
 def timed(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Callable[..., None]:
     """Times single calls of a function for about --benchmark-max-time and stores what they reach.
 
-    One call is one round: a mean over several would hide the slow ones.
+    One call is one round: a mean over several would hide the slow ones. ``weighed``: on a CPU the peak of the memory of
+    a training step, too.
     """
 
     def measure(
         function: Callable[[], Any],
         *,
-        kind: str,
-        problem: Any,
-        peer: str,
+        problem: Problem | Attention,
         device: str,
-        flops: float,
-        limit: roofline.Limit,
-        **more: Any,
+        dtype: str,
+        peer: str,
+        training: bool,
+        of_allowed_error: float,
+        weighed: bool = False,
     ) -> None:
-        benchmark.group = f"{kind}, {problem}"
-        benchmark.extra_info.update(problem=str(problem), peer=peer, **more)
+        name, limit_of = OPERATIONS[type(problem)]
+        threads = torch.get_num_threads()
+        limit = limit_of(problem, device, dtype, threads, training)
+        mode = "forward + backward" if training else "forward"
+        benchmark.group = f"{name}, {mode}, {device}, {dtype}, {problem}"
+        benchmark.extra_info.update(problem=str(problem), peer=peer, of_allowed_error=of_allowed_error)
+        if weighed and device == "cpu" and peer in memory.PEERS[name.lower()]:
+            benchmark.extra_info["peak_bytes"] = memory.peak_bytes(name.lower(), peer, problem, threads)
         call = function
         if device == "cuda":
             benchmark.extra_info.update({**timing.device_time(function), "peak_bytes": timing.peak_bytes(function)})
@@ -91,7 +104,7 @@ def timed(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Callable[
         taken = benchmark.extra_info.get("device_us", statistics.median(seconds) * 1e6) / 1e6
         benchmark.extra_info.update(
             {f"{name}_us": value * 1e6 for name, value in percentiles(seconds).items()},
-            gflops=flops / taken / 1e9,
+            gflops=(problem.training_flops if training else problem.forward_flops) / taken / 1e9,
             of_limit=limit.seconds / taken,
             limited_by=limit.by,
         )

@@ -92,7 +92,7 @@ def measure(problem: Problem, names: list[str], rounds: int, seconds: float, lim
     threads = torch.get_num_threads()
     for mode, functions, flops in (
         ("forward", forward, problem.forward_flops),
-        ("training", training, 3 * problem.forward_flops),
+        ("training", training, problem.training_flops),
     ):
         # As a loop of calls has it: entered once, and not for every call.
         with torch.inference_mode(mode == "forward"):

@@ -21,6 +21,10 @@ class Problem(NamedTuple):
         """Multiply-adds of the two products, counted as two operations each."""
         return 6.0 * self.T * self.B * self.H * (self.I + self.H)
 
+    @property
+    def training_flops(self) -> float:
+        return 3 * self.forward_flops
+
 
 class Attention(NamedTuple):
     """Sizes of the queries and of the keys and values: [B, H, Lq, D] and [B, H, Lk, D]."""
@@ -38,6 +42,11 @@ class Attention(NamedTuple):
     def forward_flops(self) -> float:
         """Multiply-adds of the two products, counted as two operations each."""
         return 4.0 * self.B * self.H * self.Lq * self.Lk * self.D
+
+    @property
+    def training_flops(self) -> float:
+        """Five products more, one of which computes the scores again."""
+        return 3.5 * self.forward_flops
 
 
 #: From one streaming step to a training batch.

@@ -37,89 +37,45 @@ double rate(int threads, double duration, Work work) {
   return total;
 }
 
-#if defined(__x86_64__)
-constexpr int kRepeats = 20000;
+// Compiled on the machine that is probed, for what it has.
+#if defined(__AVX512F__)
+constexpr int kWidth = 16, kChains = 24;
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int kWidth = 8, kChains = 12;
+#endif
 
-// A burst is multiply-adds on registers alone, in enough chains to hide their latency. Returns its flops.
-__attribute__((target("avx512f"))) double fma_burst_avx512() {
-  __m512 a[24];
+#if defined(__AVX2__) && defined(__FMA__)
+typedef float Vector __attribute__((vector_size(4 * kWidth)));
+
+// Multiply-adds on registers alone, in enough chains to hide their latency. Returns the flops, of which step(v) has
+// `flops`.
+template <class Step>
+double burst(double flops, Step step) {
+  constexpr int kRepeats = 20000;
+  Vector a[kChains];
 #pragma GCC unroll 24
-  for (int i = 0; i < 24; ++i) a[i] = _mm512_set1_ps(1.0f + i);  // or the compiler keeps one of equal chains
-  const __m512 b = _mm512_set1_ps(0.999f), c = _mm512_set1_ps(0.001f);
+  for (int i = 0; i < kChains; ++i) a[i] = Vector{} + (1.0f + i);  // or the compiler keeps one of equal chains
   for (int k = 0; k < kRepeats; ++k) {
 #pragma GCC unroll 24
-    for (__m512& v : a) v = _mm512_fmadd_ps(v, b, c);
+    for (Vector& v : a) v = step(v);
   }
-  __m512 sum = a[0];
+  Vector sum = a[0];
 #pragma GCC unroll 24
-  for (int i = 1; i < 24; ++i) sum = _mm512_add_ps(sum, a[i]);
-  volatile float keep = _mm512_cvtss_f32(sum);
+  for (int i = 1; i < kChains; ++i) sum += a[i];
+  volatile float keep = sum[0];
   (void)keep;
-  return kRepeats * 24.0 * 32;
-}
-
-// Of 32 pairs of bfloat16, summed in float32.
-__attribute__((target("avx512f,avx512bf16"))) double bf16_burst_avx512() {
-  __m512 a[24];
-#pragma GCC unroll 24
-  for (int i = 0; i < 24; ++i) a[i] = _mm512_set1_ps(1.0f + i);
-  const __m512bh b = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.999f), _mm512_set1_ps(0.999f));
-  const __m512bh c = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.001f), _mm512_set1_ps(0.001f));
-  for (int k = 0; k < kRepeats; ++k) {
-#pragma GCC unroll 24
-    for (__m512& v : a) v = _mm512_dpbf16_ps(v, b, c);
-  }
-  __m512 sum = a[0];
-#pragma GCC unroll 24
-  for (int i = 1; i < 24; ++i) sum = _mm512_add_ps(sum, a[i]);
-  volatile float keep = _mm512_cvtss_f32(sum);
-  (void)keep;
-  return kRepeats * 24.0 * 64;
-}
-
-__attribute__((target("avx2,fma"))) double fma_burst_avx2() {
-  __m256 a[12];
-#pragma GCC unroll 12
-  for (int i = 0; i < 12; ++i) a[i] = _mm256_set1_ps(1.0f + i);
-  const __m256 b = _mm256_set1_ps(0.999f), c = _mm256_set1_ps(0.001f);
-  for (int k = 0; k < kRepeats; ++k) {
-#pragma GCC unroll 12
-    for (__m256& v : a) v = _mm256_fmadd_ps(v, b, c);
-  }
-  __m256 sum = a[0];
-#pragma GCC unroll 12
-  for (int i = 1; i < 12; ++i) sum = _mm256_add_ps(sum, a[i]);
-  volatile float keep = _mm256_cvtss_f32(sum);
-  (void)keep;
-  return kRepeats * 12.0 * 16;
+  return flops * kRepeats * kChains;
 }
 
 // Reads all of p[0:bytes], a multiple of 512, and returns bytes.
-__attribute__((target("avx512f"))) double read_avx512(const float* p, size_t bytes) {
-  __m512 sum[8];
+double read(const float* p, size_t bytes) {
+  Vector sum[8] = {};
+  for (size_t i = 0; i < bytes / 4; i += 8 * kWidth) {
 #pragma GCC unroll 8
-  for (__m512& v : sum) v = _mm512_setzero_ps();
-  for (size_t i = 0; i < bytes / 4; i += 128) {
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) sum[j] = _mm512_add_ps(sum[j], _mm512_load_ps(p + i + j * 16));
+    for (int j = 0; j < 8; ++j) sum[j] += *reinterpret_cast<const Vector*>(p + i + j * kWidth);
   }
   volatile float keep = 0;
-#pragma GCC unroll 8
-  for (__m512& v : sum) keep = keep + _mm512_cvtss_f32(v);
-  return double(bytes);
-}
-
-__attribute__((target("avx2"))) double read_avx2(const float* p, size_t bytes) {
-  __m256 sum[8];
-#pragma GCC unroll 8
-  for (__m256& v : sum) v = _mm256_setzero_ps();
-  for (size_t i = 0; i < bytes / 4; i += 64) {
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) sum[j] = _mm256_add_ps(sum[j], _mm256_load_ps(p + i + j * 8));
-  }
-  volatile float keep = 0;
-#pragma GCC unroll 8
-  for (__m256& v : sum) keep = keep + _mm256_cvtss_f32(v);
+  for (const Vector& v : sum) keep = keep + v[0];
   return double(bytes);
 }
 #endif
@@ -132,35 +88,37 @@ extern "C" {
 
 // Float32 multiply-adds, in flop/s.
 double fma_peak(int threads, double duration) {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) return rate(threads, duration, [](int) { return fma_burst_avx512(); });
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return rate(threads, duration, [](int) { return fma_burst_avx2(); });
+#if defined(__AVX2__) && defined(__FMA__)
+  return rate(threads, duration, [](int) {
+    const Vector b = Vector{} + 0.999f, c = Vector{} + 0.001f;
+    return burst(2 * kWidth, [=](Vector v) { return v * b + c; });
+  });
 #endif
   return 0;
 }
 
-// Multiply-adds of bfloat16 pairs, in flop/s; 0 without such instructions.
+// Multiply-adds of bfloat16 pairs, summed in float32, in flop/s; 0 without such instructions.
 double bf16_peak(int threads, double duration) {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512bf16")) return rate(threads, duration, [](int) { return bf16_burst_avx512(); });
+#if defined(__AVX512BF16__)
+  return rate(threads, duration, [](int) {
+    const __m512 b = _mm512_set1_ps(0.999f), c = _mm512_set1_ps(0.001f);
+    const __m512bh bb = _mm512_cvtne2ps_pbh(b, b), cc = _mm512_cvtne2ps_pbh(c, c);
+    return burst(4 * kWidth, [=](Vector v) -> Vector { return _mm512_dpbf16_ps(v, bb, cc); });
+  });
 #endif
   return 0;
 }
 
 // Bytes per second, each core going round and round through its own `bytes`.
 double read_bandwidth(int threads, size_t bytes, double duration) {
-#if defined(__x86_64__)
-  const bool wide = __builtin_cpu_supports("avx512f");
-  if (!wide && !__builtin_cpu_supports("avx2")) return 0;
+#if defined(__AVX2__) && defined(__FMA__)
   bytes = (bytes + 511) / 512 * 512;
   std::vector<float*> memory(threads);
   for (float*& m : memory) {
     m = static_cast<float*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
     std::memset(m, 0, bytes);
   }
-  const double result = rate(threads, duration,
-                             [&](int t) { return wide ? read_avx512(memory[t], bytes) : read_avx2(memory[t], bytes); });
+  const double result = rate(threads, duration, [&](int t) { return read(memory[t], bytes); });
   for (float* m : memory) std::free(m);
   return result;
 #endif

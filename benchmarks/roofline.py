@@ -37,7 +37,8 @@ def probes() -> ctypes.CDLL:
     if not library.exists() or library.stat().st_mtime < SOURCE.stat().st_mtime:
         library.parent.mkdir(exist_ok=True)
         partial = library.with_suffix(f".{os.getpid()}")
-        compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-shared", "-fPIC", "-pthread"]
+        compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-march=native", "-ffp-contract=fast"]
+        compiler += ["-shared", "-fPIC", "-pthread"]
         subprocess.run([*compiler, str(SOURCE), "-o", str(partial)], check=True)
         partial.replace(library)
     loaded = ctypes.CDLL(str(library))

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import memory
 import pytest
 import torch
 from checks import attention_case
 from peers import PeerMissingError
 from peers_attention import attention_peers
 from problems import CPU_ATTENTION, CUDA_ATTENTION, Attention
-from roofline import attention_limit
 from test_gru import NO_GPU
 
 DEVICES = {"cpu": (("float32", "bfloat16"), CPU_ATTENTION), "cuda": (("float16", "bfloat16"), CUDA_ATTENTION)}
@@ -43,16 +41,8 @@ def test_forward(timed: Callable[..., None], device: str, dtype: str, shape: Att
         with torch.inference_mode():
             return attention(*case.inputs)
 
-    timed(
-        forward,
-        kind=f"attention, forward, {device}, {dtype}",
-        problem=shape,
-        peer=peer,
-        device=device,
-        flops=shape.forward_flops,
-        limit=attention_limit(shape, device, dtype, torch.get_num_threads(), training=False),
-        of_allowed_error=case.check(peer, forward),
-    )
+    error = case.check(peer, forward)
+    timed(forward, problem=shape, device=device, dtype=dtype, peer=peer, training=False, of_allowed_error=error)
 
 
 @pytest.mark.parametrize("device, dtype, shape, peer", cases(training=True), ids=str)
@@ -67,17 +57,14 @@ def test_forward_and_backward(timed: Callable[..., None], device: str, dtype: st
     def step() -> Any:
         return torch.autograd.grad(attention(*inputs), inputs, case.grad)
 
-    more = {"of_allowed_error": case.check_gradients(peer, step)}
-    if device == "cpu" and dtype == "float32" and peer in memory.PEERS["attention"]:
-        more["peak_bytes"] = memory.peak_bytes("attention", peer, shape, torch.get_num_threads())
+    error = case.check_gradients(peer, step)
     timed(
         step,
-        kind=f"attention, forward + backward, {device}, {dtype}",
         problem=shape,
-        peer=peer,
         device=device,
-        # Three and a half times: five products, one of which computes the scores again.
-        flops=3.5 * shape.forward_flops,
-        limit=attention_limit(shape, device, dtype, torch.get_num_threads(), training=True),
-        **more,
+        dtype=dtype,
+        peer=peer,
+        training=True,
+        of_allowed_error=error,
+        weighed=dtype == "float32",
     )

@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import memory
 import pytest
 import torch
 from checks import gru_case
 from peers import PeerMissingError, gru_peers
 from problems import CPU_GRU, CUDA_GRU, Problem
-from roofline import gru_limit
 
 NO_GPU = pytest.param("cuda", "", None, "", marks=pytest.mark.skip(reason="torch finds no GPU"), id="cuda")
 #: Steps that take some memory, beside torch and what it holds anyway.
@@ -46,12 +44,11 @@ def test_forward(timed: Callable[..., None], device: str, dtype: str, problem: P
     with torch.inference_mode():
         timed(
             function,
-            kind=f"GRU, forward, {device}, {dtype}",
             problem=problem,
-            peer=peer,
             device=device,
-            flops=problem.forward_flops,
-            limit=gru_limit(problem, device, dtype, torch.get_num_threads(), training=False),
+            dtype=dtype,
+            peer=peer,
+            training=False,
             of_allowed_error=error,
         )
 
@@ -63,16 +60,14 @@ def test_forward_and_backward(timed: Callable[..., None], device: str, dtype: st
         step = gru_peers(device, training=True)[peer](case.gru, case.x, case.grad)
     except PeerMissingError as error:
         pytest.skip(f"{peer}: {error}")
-    more = {"of_allowed_error": case.check_gradients(peer, step)}
-    if device == "cpu" and problem in LARGE and peer in memory.PEERS["gru"]:
-        more["peak_bytes"] = memory.peak_bytes("gru", peer, problem, torch.get_num_threads())
+    error = case.check_gradients(peer, step)
     timed(
         step,
-        kind=f"GRU, forward + backward, {device}, {dtype}",
         problem=problem,
-        peer=peer,
         device=device,
-        flops=3 * problem.forward_flops,
-        limit=gru_limit(problem, device, dtype, torch.get_num_threads(), training=True),
-        **more,
+        dtype=dtype,
+        peer=peer,
+        training=True,
+        of_allowed_error=error,
+        weighed=problem in LARGE,
     )

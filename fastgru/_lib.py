@@ -48,7 +48,7 @@ def _load_direct() -> tuple[Any, str | None]:
         torch._C._is_tracing,
         torch._C._len_torch_dispatch_stack,
         torch._C._len_torch_function_stack,
-        torch._C._functorch.get_dynamic_layer_stack_depth,
+        torch._C._are_functorch_transforms_active,
         torch._C._autograd._profiler_enabled,
     )
     functions = torch.empty_like, torch.is_grad_enabled, modes

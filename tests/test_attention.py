@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import jvp, vmap
+from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgru
@@ -249,6 +249,21 @@ def test_transforms_of_torch_func(backend: str) -> None:
     torch.testing.assert_close(jvp(ours, tuple(tensors), tuple(tangents)), jvp(theirs, tuple(tensors), tuple(tangents)))
     stacked = [torch.stack([t, 2 * t]) for t in tensors]
     torch.testing.assert_close(vmap(ours)(*stacked), torch.stack([theirs(*tensors), theirs(*[2 * t for t in tensors])]))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="that of torch 2.10 knows no properties of a NamedTuple")
+def test_compile_of_transforms(backend: str) -> None:
+    torch._dynamo.reset()
+    tensors = tuple(t.detach() for t in qkv())
+
+    def ours(*t: Tensor) -> Tensor:
+        return fastgru.flash_attention(*t, causal=True)
+
+    def function(*t: Tensor) -> tuple[Any, ...]:
+        return jvp(ours, t, t), grad(lambda *t: ours(*t).sin().sum())(*t), vmap(lambda q: ours(q, *t[1:]))(t[0][None])
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*tensors), function(*tensors))
 
 
 def operator_arguments(requires_grad: bool, full: bool) -> list[Any]:
@@ -517,8 +532,8 @@ def test_varlen(backend: str, sequences: Iterator[list[Tensor]], options: dict[s
     leaves = [[t.clone().requires_grad_() for t in ts] for ts in several]
     for ts in leaves:
         flash_attn.flash_attn_func(*(t.unsqueeze(0) for t in ts), **options).sin().sum().backward()
-    for grad, tensors in zip(grads, zip(*leaves, strict=True), strict=True):
-        torch.testing.assert_close(grad, torch.cat([t.grad for t in tensors]))
+    for got, tensors in zip(grads, zip(*leaves, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.cat([t.grad for t in tensors]))
 
 
 def test_packed_functions(backend: str) -> None:

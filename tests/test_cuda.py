@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import gru_operators
 import pytest
 import torch
 from emulation.build import load
@@ -228,76 +229,27 @@ def test_parity_of_the_emulated_kernels(
     )
 
 
-def layer(
-    packed: bool, bidirectional: bool, bias: bool = True, B: int = 3, H: int = 7, requires_grad: bool = False
-) -> list[Tensor | None]:
-    """The arguments of a forward operator."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, device=DEVICE, dtype=BRAIN, requires_grad=requires_grad)
-
-    weights: list[Tensor | None] = []
-    for _ in range(2 if bidirectional else 1):
-        weights += [draw(3 * H, 5), draw(3 * H, H), *([draw(3 * H), draw(3 * H)] if bias else [None, None])]
-    weights += [None] * (8 - len(weights))
-    sizes = torch.tensor([3, 2, 2, 1]) if packed else None
-    return [draw(8, 5) if packed else draw(4, B, 5), draw(2 if bidirectional else 1, B, H), *weights, sizes]
-
-
-def backward_arguments(arguments: list[Tensor | None]) -> list[Any]:
-    output, h_n, gates = GRU_OPS["cuda"].train(*arguments)
-    return [torch.randn_like(output), torch.randn_like(h_n), *arguments, output, gates]
+def layer(*case: bool, **options: Any) -> list[Tensor | None]:
+    return gru_operators.layer(*case, device=DEVICE, dtype=BRAIN, **options)
 
 
 CASES = [(False, True, True), (True, True, False), (True, False, True)]
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("case", CASES, ids=str)
-class TestOperators:
-    def test_opcheck(self, kernels: Any, case: tuple[bool, bool, bool]) -> None:
-        ops = GRU_OPS["cuda"]
-        torch.library.opcheck(ops.infer, tuple(layer(*case)))
-        torch.library.opcheck(ops.train, tuple(layer(*case, requires_grad=True)))
+class TestOperators(gru_operators.Contract):
+    ops = GRU_OPS["cuda"]
+    layer = staticmethod(layer)
+
+    def test_opcheck(self, case: tuple[bool, bool, bool]) -> None:
+        torch.library.opcheck(self.ops.infer, tuple(layer(*case)))
+        torch.library.opcheck(self.ops.train, tuple(layer(*case, requires_grad=True)))
         for needs in ((True, True), (False, False)):
-            torch.library.opcheck(ops.backward, (*backward_arguments(layer(*case)), *needs))
+            arguments = gru_operators.backward_arguments(self.ops, layer(*case))
+            torch.library.opcheck(self.ops.backward, (*arguments, *needs))
 
-    def test_infer_equals_train_bitwise(self, kernels: Any, case: tuple[bool, bool, bool]) -> None:
-        arguments = layer(*case)
-        for a, b in zip(GRU_OPS["cuda"].infer(*arguments), GRU_OPS["cuda"].train(*arguments), strict=False):
-            assert torch.equal(a, b)
-
-    def test_gradients_are_bitwise_the_same_each_time(self, kernels: Any, case: tuple[bool, bool, bool]) -> None:
-        arguments = backward_arguments(layer(*case))
-        for a, b in zip(*(GRU_OPS["cuda"].backward(*arguments, True, True) for _ in range(2)), strict=True):
-            assert torch.equal(a, b)
-
-    @pytest.mark.parametrize("absent", [0, 1], ids=["grad_output", "grad_h_n"])
-    def test_an_absent_gradient_is_zero(self, kernels: Any, case: tuple[bool, bool, bool], absent: int) -> None:
-        arguments = backward_arguments(layer(*case))
-        with_none = list(arguments)
-        with_none[absent] = None
-        arguments[absent] = torch.zeros_like(arguments[absent])
-        got = GRU_OPS["cuda"].backward(*with_none, True, True)
-        torch.testing.assert_close(got, GRU_OPS["cuda"].backward(*arguments, True, True), rtol=0, atol=0)
-
-    def test_gradients_not_asked_for_are_empty(self, kernels: Any, case: tuple[bool, bool, bool]) -> None:
-        arguments = backward_arguments(layer(*case))
-        everything = GRU_OPS["cuda"].backward(*arguments, True, True)
-        for needs in ((True, False), (False, True), (False, False)):
-            got = GRU_OPS["cuda"].backward(*arguments, *needs)
-            for g, full, want in zip(got, everything, [needs[0], True, *[needs[1]] * 4], strict=True):
-                assert torch.equal(g, full) if want else g.shape == (0,)
-
-    def test_any_strides(self, kernels: Any, case: tuple[bool, bool, bool]) -> None:
-        arguments = layer(*case)
-        apart = [
-            t if t is None or t.dtype == torch.int64 else torch.stack((t, torch.full_like(t, torch.nan)), -1)[..., 0]
-            for t in arguments
-        ]
-        for a, b in zip(GRU_OPS["cuda"].infer(*apart), GRU_OPS["cuda"].infer(*arguments), strict=True):
-            assert torch.equal(a, b)
-
-    def test_gates_of_other_backends_serve(self, kernels: Any, case: tuple[bool, bool, bool]) -> None:
+    def test_gates_of_other_backends_serve(self, case: tuple[bool, bool, bool]) -> None:
         """Who takes over what a launch refuses finds the gates where it looks for them, and leaves them there."""
         arguments = layer(*case)
         ours, theirs = GRU_OPS["cuda"].train(*arguments), GRU_OPS["reference"].train(*arguments)

@@ -28,7 +28,10 @@ def run(out: Path, *arguments: str, torchrun: bool) -> list[float]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launcher, str(EXAMPLE), *ARGUMENTS, *arguments, "--out", str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    # Once in a while torch aborts a process that has finished, nn.GRU's as well: a thread of Gloo's drops a tensor as
+    # the interpreter goes down, and is ended for wanting its lock. The losses are written by then.
+    at_exit = torchrun and out.exists() and "terminate called without an active exception" in done.stderr
+    assert done.returncode == 0 or at_exit, done.stdout + done.stderr
     losses: list[float] = json.loads(out.read_text(encoding="utf-8"))
     return losses
 

@@ -44,6 +44,10 @@ CONSTRUCTOR: dict[str, Callable[[Any], Any]] = {
 }
 
 
+# Which torch accepts before 2.11, and so does this package with it.
+NEWER_CHECKS = ("zero input_size", "non-boolean bias", "non-boolean batch_first")
+
+
 def packed(features: int = 5) -> PackedSequence:
     return pack_sequence([torch.randn(3, features), torch.randn(5, features)], enforce_sorted=False)
 
@@ -113,6 +117,13 @@ def error_of(call: Callable[[], Any]) -> tuple[type[BaseException], str]:
 
 @pytest.mark.parametrize("name", CONSTRUCTOR)
 def test_constructor(name: str) -> None:
+    if name in NEWER_CHECKS:
+        try:
+            CONSTRUCTOR[name](nn.GRU)
+        except Exception:
+            pass
+        else:
+            pytest.skip("this torch accepts it")
     assert error_of(lambda: CONSTRUCTOR[name](fastgru.GRU)) == error_of(lambda: CONSTRUCTOR[name](nn.GRU))
 
 

@@ -4,31 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import gru_operators
 import pytest
 import torch
-from torch import Tensor
+from gru_operators import layer
 
 from fastgru.ops.schema import GRU_OPS
-
-
-def layer(
-    packed: bool = False, bidirectional: bool = True, bias: bool = True, requires_grad: bool = False
-) -> list[Tensor | None]:
-    """The arguments of a forward operator."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, requires_grad=requires_grad)
-
-    T, B, I, H = 4, 3, 5, 7
-    weights: list[Tensor | None] = []
-    for _ in range(2 if bidirectional else 1):
-        weights += [draw(3 * H, I), draw(3 * H, H)]
-        weights += [draw(3 * H), draw(3 * H)] if bias else [None, None]
-    weights += [None] * (8 - len(weights))
-    sizes = torch.tensor([3, 2, 2, 1]) if packed else None
-    x = draw(8, I) if packed else draw(T, B, I)
-    return [x, draw(2 if bidirectional else 1, B, H), *weights, sizes]
-
 
 CASES = [
     {"packed": packed, "bidirectional": bidirectional, "bias": bias}
@@ -49,11 +30,7 @@ def test_opcheck_forward(backend: str, kind: str, case: dict[str, bool], require
 
 
 def backward_arguments(backend: str, case: dict[str, bool], requires_grad: bool) -> list[Any]:
-    arguments = layer(**case, requires_grad=requires_grad)
-    with torch.no_grad():
-        output, h_n, gates = GRU_OPS[backend].train(*arguments)
-    seeds = [torch.randn_like(t).requires_grad_(requires_grad) for t in (output, h_n)]
-    return [*seeds, *arguments, output, gates]
+    return gru_operators.backward_arguments(GRU_OPS[backend], layer(**case, requires_grad=requires_grad), requires_grad)
 
 
 @pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False)], ids=str)

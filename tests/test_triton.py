@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gru_operators
 import pytest
 import torch
 from torch import Tensor
@@ -126,24 +127,8 @@ def test_operators_have_second_derivatives_and_batched_ones(chosen: None, option
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def layer(H: int, packed: bool, bidirectional: bool, B: int = 3, requires_grad: bool = False) -> list[Tensor | None]:
-    """The arguments of a forward operator."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, device=DEVICE, requires_grad=requires_grad)
-
-    weights: list[Tensor | None] = []
-    for _ in range(2 if bidirectional else 1):
-        weights += [draw(3 * H, 5), draw(3 * H, H), draw(3 * H), draw(3 * H)]
-    weights += [None] * (8 - len(weights))
-    sizes = torch.tensor([3, 2, 2, 1]) if packed else None
-    x = draw(8, 5) if packed else draw(4, B, 5)
-    return [x, draw(2 if bidirectional else 1, B, H), *weights, sizes]
-
-
-def backward_arguments(arguments: list[Tensor | None]) -> list[Any]:
-    output, h_n, gates = GRU_OPS["triton"].train(*arguments)
-    return [torch.randn_like(output), torch.randn_like(h_n), *arguments, output, gates]
+def layer(H: int, packed: bool, bidirectional: bool, **options: Any) -> list[Tensor | None]:
+    return gru_operators.layer(packed, bidirectional, H=H, device=DEVICE, **options)
 
 
 LAYERS = [(7, False, True), (66, True, True)]
@@ -151,51 +136,17 @@ LAYERS = [(7, False, True), (66, True, True)]
 
 @here
 @pytest.mark.parametrize("case", LAYERS, ids=str)
-class TestOperators:
+class TestOperators(gru_operators.Contract):
+    ops = GRU_OPS["triton"]
+    layer = staticmethod(layer)
+
     def test_opcheck(self, case: tuple[int, bool, bool]) -> None:
-        ops = GRU_OPS["triton"]
         # The tests of tracing run the kernels a dozen times, and look at nothing that depends on H.
         case = (7, *case[1:])
-        torch.library.opcheck(ops.infer, tuple(layer(*case)))
-        torch.library.opcheck(ops.train, tuple(layer(*case, requires_grad=True)))
-        torch.library.opcheck(ops.backward, (*backward_arguments(layer(*case)), True, True))
-
-    def test_infer_equals_train_bitwise(self, case: tuple[int, bool, bool]) -> None:
-        ops, arguments = GRU_OPS["triton"], layer(*case)
-        for a, b in zip(ops.infer(*arguments), ops.train(*arguments), strict=False):
-            assert torch.equal(a, b)
-
-    def test_gradients_are_bitwise_the_same_each_time(self, case: tuple[int, bool, bool]) -> None:
-        arguments = backward_arguments(layer(*case))
-        for a, b in zip(*(GRU_OPS["triton"].backward(*arguments, True, True) for _ in range(2)), strict=True):
-            assert torch.equal(a, b)
-
-    @pytest.mark.parametrize("absent", [0, 1], ids=["grad_output", "grad_h_n"])
-    def test_an_absent_gradient_is_zero(self, case: tuple[int, bool, bool], absent: int) -> None:
-        arguments = backward_arguments(layer(*case))
-        with_none = list(arguments)
-        with_none[absent] = None
-        arguments[absent] = torch.zeros_like(arguments[absent])
-        got = GRU_OPS["triton"].backward(*with_none, True, True)
-        torch.testing.assert_close(got, GRU_OPS["triton"].backward(*arguments, True, True), rtol=0, atol=0)
-
-    def test_gradients_not_asked_for_are_empty(self, case: tuple[int, bool, bool]) -> None:
-        arguments = backward_arguments(layer(*case))
-        everything = GRU_OPS["triton"].backward(*arguments, True, True)
-        for needs in ((True, False), (False, True), (False, False)):
-            got = GRU_OPS["triton"].backward(*arguments, *needs)
-            wanted = [needs[0], True, *[needs[1]] * 4]
-            for g, full, want in zip(got, everything, wanted, strict=True):
-                assert torch.equal(g, full) if want else g.shape == (0,)
-
-    def test_any_strides(self, case: tuple[int, bool, bool]) -> None:
-        arguments = layer(*case)
-        apart = [
-            t if t is None or t.dtype == torch.int64 else torch.stack((t, torch.full_like(t, torch.nan)), -1)[..., 0]
-            for t in arguments
-        ]
-        for a, b in zip(GRU_OPS["triton"].infer(*apart), GRU_OPS["triton"].infer(*arguments), strict=True):
-            assert torch.equal(a, b)
+        torch.library.opcheck(self.ops.infer, tuple(layer(*case)))
+        torch.library.opcheck(self.ops.train, tuple(layer(*case, requires_grad=True)))
+        arguments = gru_operators.backward_arguments(self.ops, layer(*case))
+        torch.library.opcheck(self.ops.backward, (*arguments, True, True))
 
 
 @here

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastgru.backends.reference import _wide, outside_autocast
+from fastgru.backends.reference_attention import check_lengths, softmax
 
 # Elements of t, and of s, held at once.
 _PIECE = 1 << 22
@@ -37,16 +38,7 @@ def _hidden(k_lengths: Tensor | None, keys: int) -> Tensor | None:
 
 
 def _softmax(scores: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights and lse [.., 1]; a row that is all hidden has weights 0 and lse -inf."""
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, -torch.inf)
-    top = scores.detach().amax(-1, keepdim=True)
-    top = top.masked_fill(top == -torch.inf, 0)
-    exponentials = torch.exp(scores - top)
-    total = exponentials.sum(-1, keepdim=True)
-    empty = total == 0
-    total = total.masked_fill(empty, 1)
-    return exponentials / total, (top + torch.log(total)).masked_fill(empty, -torch.inf)
+    return softmax(scores if hidden is None else scores.masked_fill(hidden, -torch.inf))
 
 
 def _shown(value: Tensor, hidden: Tensor | None) -> Tensor:
@@ -90,14 +82,6 @@ def _row_pieces(query: Tensor, key: Tensor) -> Iterator[slice]:
     return _pieces(Lq, B * max(key.size(1), H))
 
 
-def _check_lengths(k_lengths: Tensor | None, most: int) -> None:
-    """Only on the CPU, where reading numbers costs nothing."""
-    if k_lengths is not None and k_lengths.device.type == "cpu" and k_lengths.numel():
-        low, high = (int(t) for t in k_lengths.aminmax())
-        if low < 0 or high > most:
-            raise RuntimeError(f"k_lengths must lie in [0, {most}], got {low if low < 0 else high}")
-
-
 @outside_autocast
 def additive(
     query: Tensor, key: Tensor, weight: Tensor, value: Tensor, k_lengths: Tensor | None
@@ -107,7 +91,7 @@ def additive(
     Raises:
         RuntimeError: lengths out of range.
     """
-    _check_lengths(k_lengths, key.size(1))
+    check_lengths("k_lengths", k_lengths, key.size(1))
     hidden = _hidden(k_lengths, key.size(1))
     wide_key, wide_value = _shown(_wide(key), hidden), _shown(_wide(value), hidden)
     output = query.new_empty(*query.shape[:2], value.size(2))

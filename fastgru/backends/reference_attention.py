@@ -194,13 +194,23 @@ def _product(a: Attention, weights: Tensor, x: Tensor) -> Tensor:
     return hiding_product(weights, x) if a.hides else weights @ x
 
 
-def _check_lengths(a: Attention) -> None:
+def check_lengths(name: str, lengths: Tensor | None, most: int) -> None:
     """Only on the CPU, where reading numbers costs nothing."""
-    for name, lengths, most in (("q", a.q_lengths, a.query.size(2)), ("k", a.k_lengths, a.key.size(2))):
-        if lengths is not None and lengths.device.type == "cpu" and lengths.numel():
-            low, high = (int(t) for t in lengths.aminmax())
-            if low < 0 or high > most:
-                raise RuntimeError(f"{name}_lengths must lie in [0, {most}], got {low if low < 0 else high}")
+    if lengths is not None and lengths.device.type == "cpu" and lengths.numel():
+        low, high = (int(t) for t in lengths.aminmax())
+        if low < 0 or high > most:
+            raise RuntimeError(f"{name} must lie in [0, {most}], got {low if low < 0 else high}")
+
+
+def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and lse [.., 1]; a row that is all -inf has weights 0 and lse -inf."""
+    top = scores.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0)
+    exponentials = torch.exp(scores - top)
+    total = exponentials.sum(-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    return exponentials / total, (top + torch.log(total)).masked_fill(empty, -torch.inf)
 
 
 def _forward_rows(
@@ -213,16 +223,9 @@ def _forward_rows(
 ) -> tuple[Tensor, Tensor]:
     """Output and lse of rows [start, stop), wide; differentiable by autograd."""
     _, scores = _scores(a, key, start, stop, product)
-    top = scores.detach().amax(-1, keepdim=True)
-    top = top.masked_fill(top == -torch.inf, 0)
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True)
-    empty = total == 0
-    total = total.masked_fill(empty, 1)
-    weights = weights / total
+    weights, lse = softmax(scores)
     if a.dropout_seed is not None:
         weights = weights * dropout_keep(a, start, stop) / (1 - a.dropout_p)
-    lse = (top + torch.log(total)).masked_fill(empty, -torch.inf)
     return _product(a, weights, value), lse.squeeze(-1)
 
 
@@ -264,7 +267,8 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
         RuntimeError: lengths out of range.
     """
     a = Attention(*arguments)
-    _check_lengths(a)
+    check_lengths("q_lengths", a.q_lengths, a.query.size(2))
+    check_lengths("k_lengths", a.k_lengths, a.key.size(2))
     output = empty_like_layout(a.query, a.value.size(3))
     lse = torch.empty(a.query.shape[:3], dtype=_wide(a.query).dtype, device=a.query.device)
     if a.key.size(2) == 0:

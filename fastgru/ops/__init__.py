@@ -2,7 +2,10 @@
 
 from fastgru.ops.additive import additive_attention
 from fastgru.ops.attention import attention_weights, flash_attention, scaled_dot_product_attention
+from fastgru.ops.flops import register_when_wanted
 from fastgru.ops.gru import gru, gru_cell
+
+register_when_wanted()
 
 __all__ = [
     "additive_attention",

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
 from fastgru.backends import reference_additive
@@ -114,7 +113,7 @@ def additive_attention(
             raise ValueError(f"k_lengths must be [B] = [{B}] integers, got {list(k_lengths.shape)} {k_lengths.dtype}")
         k_lengths = k_lengths.to(query.device, torch.int64)
     arguments = (query, key, weight, value, k_lengths)
-    if maybe_current_level() is not None or forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return reference_additive.additive_differentiable(*arguments)[0]
     output: Tensor = call(_forward, *arguments)[0]
     return output

@@ -9,7 +9,6 @@ from typing import Any, Literal, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
 from fastgru import _lib
@@ -172,7 +171,7 @@ def _at_once(
         or not (mask is None or (type(mask) is Tensor and mask.dtype is torch.bool))
         or torch._C._is_any_autocast_enabled()
         or torch._C._is_tracing()
-        or maybe_current_level() is not None
+        or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     ):
         return None
@@ -370,7 +369,7 @@ def flash_attention(
         right,
         causal_align == "bottom_right",
     )
-    if maybe_current_level() is not None or forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         output, lse = attention_differentiable(*arguments)
     else:
         output, lse = _run(_choose(arguments), arguments)

@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import get_dynamic_layer_stack_depth
 from torch.autograd import forward_ad
 
 from fastgru.backends import registry
@@ -83,7 +82,7 @@ def gru(
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     directions = 2 if bidirectional else 1
     stride = directions * (4 if has_biases else 2)
-    transformed = get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     compiling = torch.compiler.is_compiling()
     # What torch.jit.trace records has to be an operator, and the same one without gradients.
     records_gates = save_gates and torch.is_grad_enabled() and (compiling or not torch._C._is_tracing())
