@@ -54,7 +54,7 @@ double burst(double flops, Step step) {
   constexpr int kRepeats = 20000;
   Vector a[kChains];
 #pragma GCC unroll 24
-  for (int i = 0; i < kChains; ++i) a[i] = Vector{} + (1.0f + i);  // or the compiler keeps one of equal chains
+  for (int i = 0; i < kChains; ++i) a[i] = Vector{} + (2.0f + i);  // or equal chains are one, and 1 stays 1: no work
   for (int k = 0; k < kRepeats; ++k) {
 #pragma GCC unroll 24
     for (Vector& v : a) v = step(v);
