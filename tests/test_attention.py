@@ -143,6 +143,34 @@ def test_a_row_without_keys(engine: str, lengths: tuple[int, int]) -> None:
     assert not output[:, :, : lengths[0] - lengths[1]].any() and output[:, :, lengths[0] - lengths[1] :].all()
 
 
+# ---- scores of any size ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keys", [1100, 150])
+@pytest.mark.parametrize("scores", ["near zero", "far below", "climbing", "falling", "one late"])
+def test_scores_far_from_zero_and_from_each_other(engine: str, scores: str, keys: int, dtype: torch.dtype) -> None:
+    query, key, value = qkv(1, 2, 13, keys, 32, dtype=dtype)
+    step = torch.arange(keys) // 40 * 8.0
+    late = torch.where(torch.arange(keys) == keys - 30, 90.0, 0.0)
+    far = torch.full((keys,), -200.0)
+    query.data[..., 0] = 32**0.5
+    key.data[..., 0] = {"near zero": 0 * step, "far below": far, "climbing": step, "falling": -step, "one late": late}[
+        scores
+    ]
+    output, lse = fastgru.flash_attention(query, key, value, return_lse=True)
+    seen = torch.ones(13, keys, dtype=torch.bool)
+    with_mask = fastgru.flash_attention(query, key, value, attn_mask=seen, return_lse=True)
+    assert torch.equal(output, with_mask[0]) and torch.equal(lse, with_mask[1])
+    exact = [t.double() for t in (query, key, value)]
+    products = exact[0] @ exact[1].mT / 32**0.5
+    want = products.softmax(-1) @ exact[2]
+    torch.testing.assert_close(lse.double(), products.logsumexp(-1), rtol=2e-6, atol=2e-5)
+    peer = F.scaled_dot_product_attention(query, key, value, attn_mask=torch.zeros(13, keys, dtype=dtype))
+    rounding = torch.finfo(dtype).eps * want.abs().max()
+    assert (output - want).abs().max() <= 2 * (peer - want).abs().max() + rounding
+
+
 # ---- the same every time ----
 
 
