@@ -171,6 +171,21 @@ def test_scores_far_from_zero_and_from_each_other(engine: str, scores: str, keys
     assert (output - want).abs().max() <= 2 * (peer - want).abs().max() + rounding
 
 
+def test_gradients_of_few_queries_whose_scores_are_large(engine: str) -> None:
+    # The backward pass subtracts lse from the scores: they have to be those of the forward pass, bit by bit.
+    query, grad = 3 * torch.randn(2, 4, 1, 128), torch.randn(2, 4, 1, 128)
+    key, value = torch.randn(2, 4, 128, 128) + 5 * torch.randn(128), torch.randn(2, 4, 128, 128)
+
+    def gradients(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        tensors = [t.to(dtype, copy=True).requires_grad_() for t in (query, key, value)]
+        return torch.autograd.grad(function(*tensors), tensors, grad.to(dtype))
+
+    ours = gradients(fastgru.scaled_dot_product_attention, torch.float32)
+    peer = gradients(F.scaled_dot_product_attention, torch.float32)
+    for got, theirs, want in zip(ours, peer, gradients(F.scaled_dot_product_attention, torch.float64), strict=True):
+        assert (got - want).abs().max() <= 3 * (theirs - want).abs().max()
+
+
 # ---- the same every time ----
 
 
