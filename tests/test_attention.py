@@ -340,11 +340,11 @@ def test_opcheck(backend: str, full: bool, requires_grad: bool) -> None:
     ops, arguments = ATTENTION_OPS[backend], operator_arguments(requires_grad, full)
     torch.library.opcheck(ops.forward, tuple(arguments))
     with torch.no_grad():
-        output, lse = ops.forward(*arguments)
+        output, lse, statistics = ops.forward(*arguments)
     seeds = [torch.randn_like(t).requires_grad_(requires_grad) for t in (output, lse)]
-    torch.library.opcheck(ops.backward, (*seeds, *arguments, output, lse, True))
+    torch.library.opcheck(ops.backward, (*seeds, *arguments, output, statistics, True))
     if not full:
-        torch.library.opcheck(ops.backward, (None, seeds[1], *arguments, output, lse, False))
+        torch.library.opcheck(ops.backward, (None, seeds[1], *arguments, output, statistics, False))
 
 
 def test_double_backward_without_the_gradient_of_the_bias(backend: str) -> None:

@@ -116,22 +116,25 @@ struct Problem {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention(FASTGRU_ATTENTION_PARAMETERS) {
+namespace {
+
+// Output, statistics and, if `lse` is given, that.
+std::tuple<Tensor, Tensor> forward(FASTGRU_ATTENTION_PARAMETERS, Tensor* lse) {
   const Problem problem(FASTGRU_ATTENTION_ARGUMENTS);
   const AttentionShape& s = problem.s;
-  Tensor output = empty_like_layout(query, s.Dv), lse = contiguous_tensor(problem.wide, {s.B, s.Hq, s.Lq});
+  Tensor output = empty_like_layout(query, s.Dv), statistics = contiguous_tensor(problem.wide, {2, s.B, s.Hq, s.Lq});
+  if (lse) *lse = contiguous_tensor(problem.wide, {s.B, s.Hq, s.Lq});
   Arena arena;
-  current_engine().attention_forward[int(problem.dtype)]({s, heads(output), lse.mutable_data_ptr()}, torch_threads(),
-                                                         arena.scratch());
-  return {output, lse};
+  current_engine().attention_forward[int(problem.dtype)](
+      {s, heads(output), lse ? lse->mutable_data_ptr() : nullptr, statistics.mutable_data_ptr()}, torch_threads(),
+      arena.scratch());
+  return {output, statistics};
 }
-
-namespace {
 
 // Also of bias, into d_bias, unless that is null.
 std::tuple<Tensor, Tensor, Tensor> gradients(const OptionalTensor& grad_output, const OptionalTensor& grad_lse,
-                                             FASTGRU_ATTENTION_PARAMETERS, const Tensor& output, const Tensor& lse,
-                                             Tensor* d_bias) {
+                                             FASTGRU_ATTENTION_PARAMETERS, const Tensor& output,
+                                             const Tensor& statistics, Tensor* d_bias) {
   Problem problem(FASTGRU_ATTENTION_ARGUMENTS);
   const AttentionShape& s = problem.s;
   AttentionBackward b{};
@@ -140,14 +143,16 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const OptionalTensor& grad_output, 
     return t.dim() == (columns < 0 ? 3 : 4) && t.size(0) == s.B && t.size(1) == s.Hq && t.size(2) == s.Lq &&
            (columns < 0 || t.size(3) == columns);
   };
-  STD_TORCH_CHECK(has_shape(output, s.Dv) && has_shape(lse, -1) && (!grad_output || has_shape(*grad_output, s.Dv)) &&
-                      (!grad_lse || has_shape(*grad_lse, -1)),
-                  "fastgru: output, lse and their gradients must have the shapes that the forward pass gave them");
+  STD_TORCH_CHECK(has_shape(output, s.Dv) && (!grad_output || has_shape(*grad_output, s.Dv)) &&
+                      (!grad_lse || has_shape(*grad_lse, -1)) && statistics.dim() == 4 && statistics.size(0) == 2 &&
+                      statistics.size(1) == s.B && statistics.size(2) == s.Hq && statistics.size(3) == s.Lq,
+                  "fastgru: output, statistics and gradients must have the shapes that the forward pass gave them");
   b.out = problem.take_heads(output);
   if (grad_output) b.d_out = problem.take_heads(*grad_output);
-  for (const Tensor& t : {lse, grad_lse ? *grad_lse : lse})
-    STD_TORCH_CHECK(dtype_code(t) == problem.wide, "fastgru: lse and its gradient must have the type computed in");
-  b.lse = problem.hold(lse).const_data_ptr();
+  for (const Tensor& t : {statistics, grad_lse ? *grad_lse : statistics})
+    STD_TORCH_CHECK(dtype_code(t) == problem.wide,
+                    "fastgru: statistics and the gradient of lse must have the type computed in");
+  b.statistics = problem.hold(statistics).const_data_ptr();
   if (grad_lse) b.d_lse = problem.hold(*grad_lse).const_data_ptr();
   Tensor dq = empty_like_layout(query, s.D), dk = empty_like_layout(key, s.D), dv = empty_like_layout(value, s.Dv);
   b.dq = heads(dq), b.dk = heads(dk), b.dv = heads(dv);
@@ -162,16 +167,22 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const OptionalTensor& grad_output, 
 
 }  // namespace
 
+std::tuple<Tensor, Tensor, Tensor> attention(FASTGRU_ATTENTION_PARAMETERS) {
+  Tensor lse;
+  auto [output, statistics] = forward(FASTGRU_ATTENTION_ARGUMENTS, &lse);
+  return {output, lse, statistics};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const OptionalTensor& grad_output,
                                                               const OptionalTensor& grad_lse,
                                                               FASTGRU_ATTENTION_PARAMETERS, const Tensor& output,
-                                                              const Tensor& lse, bool need_bias_grad) {
+                                                              const Tensor& statistics, bool need_bias_grad) {
   const bool wants_bias = need_bias_grad && bias.has_value();
   std::vector<int64_t> shape = {0};
   if (wants_bias) shape = {bias->size(0), bias->size(1), bias->size(2), bias->size(3)};
   Tensor d_bias = contiguous_tensor(dtype_code(query), shape);
   auto [dq, dk, dv] =
-      gradients(grad_output, grad_lse, FASTGRU_ATTENTION_ARGUMENTS, output, lse, wants_bias ? &d_bias : nullptr);
+      gradients(grad_output, grad_lse, FASTGRU_ATTENTION_ARGUMENTS, output, statistics, wants_bias ? &d_bias : nullptr);
   return {dq, dk, dv, d_bias};
 }
 
@@ -189,11 +200,13 @@ double plain_scale(const Tensor& query, const Tensor& key, std::optional<double>
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> plain_attention(FASTGRU_PLAIN_PARAMETERS) { return attention(FASTGRU_OF_PLAIN_ARGUMENTS); }
+std::tuple<Tensor, Tensor> plain_attention(FASTGRU_PLAIN_PARAMETERS) {
+  return forward(FASTGRU_OF_PLAIN_ARGUMENTS, nullptr);
+}
 
 std::tuple<Tensor, Tensor, Tensor> plain_attention_backward(const Tensor& grad_output, FASTGRU_PLAIN_PARAMETERS,
-                                                            const Tensor& output, const Tensor& lse) {
-  auto [dq, dk, dv] = gradients(grad_output, {}, FASTGRU_OF_PLAIN_ARGUMENTS, output, lse, nullptr);
+                                                            const Tensor& output, const Tensor& statistics) {
+  auto [dq, dk, dv] = gradients(grad_output, {}, FASTGRU_OF_PLAIN_ARGUMENTS, output, statistics, nullptr);
   return {dq, dk, dv};
 }
 

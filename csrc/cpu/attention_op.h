@@ -17,11 +17,11 @@ using OptionalTensor = std::optional<Tensor>;
       const OptionalTensor &dropout_seed, double dropout_p, double scale, double softcap, int64_t window_left,         \
       int64_t window_right, bool bottom_right
 
-std::tuple<Tensor, Tensor> attention(FASTGRU_ATTENTION_PARAMETERS);
+std::tuple<Tensor, Tensor, Tensor> attention(FASTGRU_ATTENTION_PARAMETERS);
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const OptionalTensor& grad_output,
                                                               const OptionalTensor& grad_lse,
                                                               FASTGRU_ATTENTION_PARAMETERS, const Tensor& output,
-                                                              const Tensor& lse, bool need_bias_grad);
+                                                              const Tensor& statistics, bool need_bias_grad);
 
 // Without options: the same with few arguments, because it takes longer to pass fifteen than to compute a small
 // problem. The mask has one to four dimensions. Query has the heads of key, or with `grouped` a multiple of them.
@@ -31,6 +31,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const OptionalTens
 
 std::tuple<Tensor, Tensor> plain_attention(FASTGRU_PLAIN_PARAMETERS);
 std::tuple<Tensor, Tensor, Tensor> plain_attention_backward(const Tensor& grad_output, FASTGRU_PLAIN_PARAMETERS,
-                                                            const Tensor& output, const Tensor& lse);
+                                                            const Tensor& output, const Tensor& statistics);
 
 }  // namespace fastgru

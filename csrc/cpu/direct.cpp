@@ -43,14 +43,10 @@ bool gru_backward(const GruBackward& given, DType dtype) {
   });
 }
 
-bool attention_forward(const AttentionForward& given, DType dtype) {
+bool attention_forward(const AttentionForward& f, DType dtype) {
   return returns([&] {
     Arena arena;
-    const Scratch scratch = arena.scratch();
-    AttentionForward f = given;
-    const size_t bytes = f.s.B * f.s.Hq * f.s.Lq * (dtype == DType::f64 ? sizeof(double) : sizeof(float));
-    if (!f.lse) f.lse = scratch.allocate(scratch.context, bytes);
-    current_engine().attention_forward[int(dtype)](f, torch_threads(), scratch);
+    current_engine().attention_forward[int(dtype)](f, torch_threads(), arena.scratch());
   });
 }
 

@@ -12,7 +12,6 @@ struct DirectCalls {
   // A null h0 stands for zeros; where h_n is null it is not wanted.
   bool (*gru_forward)(const GruForward&, DType);
   bool (*gru_backward)(const GruBackward&, DType);
-  // Where lse is null it is not wanted.
   bool (*attention_forward)(const AttentionForward&, DType);
   bool (*attention_backward)(const AttentionBackward&, DType);
 };

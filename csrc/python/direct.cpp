@@ -434,27 +434,30 @@ PyObject* attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (truth(PyObject_CallNoArgs(is_grad_enabled)) &&
       (requires_grad(args[0]) || requires_grad(args[1]) || requires_grad(args[2])))
     Py_RETURN_TRUE;
-  AttentionForward f{problem.s, {}, nullptr};
+  AttentionForward f{};
+  f.s = problem.s;
   Owned output = problem.fresh(args[0], problem.s.q, &f.out);
   if (!output || !run(calls->attention_forward, f, problem.dtype)) return not_plain();
   return output.release();
 }
 
 // attention_train(query, key, value, mask, scale, causal, bottom_right, grouped): float32 and float64. Returns (output,
-// lse).
+// statistics).
 PyObject* attention_train(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!takes(count, Attention::kArguments)) return nullptr;
   Attention problem;
   if (any_mode() || !problem.read(args) || problem.query.bytes() < 4) return not_plain();
   const AttentionShape& s = problem.s;
-  AttentionForward f{s, {}, nullptr};
-  const Owned output = problem.fresh(args[0], s.q, &f.out), lse = make(args[0], {s.B, s.Hq, s.Lq});
-  if (!output || !(f.lse = data_of(lse)) || !run(calls->attention_forward, f, problem.dtype)) return not_plain();
-  return PyTuple_Pack(2, output.get(), lse.get());
+  AttentionForward f{};
+  f.s = s;
+  const Owned output = problem.fresh(args[0], s.q, &f.out), statistics = make(args[0], {2, s.B, s.Hq, s.Lq});
+  if (!output || !(f.statistics = data_of(statistics)) || !run(calls->attention_forward, f, problem.dtype))
+    return not_plain();
+  return PyTuple_Pack(2, output.get(), statistics.get());
 }
 
-// attention_backward(grad_output, query, key, value, mask, scale, causal, bottom_right, grouped, output, lse): of what
-// attention_train returned. Returns (grad_query, grad_key, grad_value).
+// attention_backward(grad_output, query, key, value, mask, scale, causal, bottom_right, grouped, output, statistics): of
+// what attention_train returned. Returns (grad_query, grad_key, grad_value).
 PyObject* attention_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!takes(count, Attention::kArguments + 3)) return nullptr;
   PyObject* const* tensors = args + 1;
@@ -463,11 +466,12 @@ PyObject* attention_backward(PyObject*, PyObject* const* args, Py_ssize_t count)
   const AttentionShape& s = problem.s;
   AttentionBackward b{};
   b.s = s;
-  View lse;
+  View statistics;
   if (!problem.heads(args[0], s.Hq, s.Lq, &b.d_out) || !problem.heads(args[count - 2], s.Hq, s.Lq, &b.out) ||
-      !lse.read(args[count - 1]) || !lse.is(problem.query.t.dtype) || !lse.has({s.B, s.Hq, s.Lq}) || !lse.dense())
+      !statistics.read(args[count - 1]) || !statistics.is(problem.query.t.dtype) ||
+      !statistics.has({2, s.B, s.Hq, s.Lq}) || !statistics.dense())
     return not_plain();
-  b.lse = lse.data();
+  b.statistics = statistics.data();
   const Owned dq = problem.fresh(tensors[0], s.q, &b.dq), dk = problem.fresh(tensors[1], s.k, &b.dk),
               dv = problem.fresh(tensors[2], s.v, &b.dv);
   if (!dq || !dk || !dv || !run(calls->attention_backward, b, problem.dtype)) return not_plain();

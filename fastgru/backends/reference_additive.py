@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastgru.backends.reference import _wide, outside_autocast
-from fastgru.backends.reference_attention import check_lengths, softmax
+from fastgru.backends.reference_attention import check_lengths, log_sum, softmax
 
 # Elements of t, and of s, held at once.
 _PIECE = 1 << 22
@@ -38,7 +38,8 @@ def _hidden(k_lengths: Tensor | None, keys: int) -> Tensor | None:
 
 
 def _softmax(scores: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-    return softmax(scores if hidden is None else scores.masked_fill(hidden, -torch.inf))
+    weights, top, total = softmax(scores if hidden is None else scores.masked_fill(hidden, -torch.inf))
+    return weights, log_sum(top, total)
 
 
 def _shown(value: Tensor, hidden: Tensor | None) -> Tensor:

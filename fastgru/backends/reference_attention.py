@@ -4,9 +4,10 @@ With query i of a head and key j of its group:
 
     x = scale * q_i . k_j                              c = softcap * tanh(x / softcap), or x without softcap
     s = c - slope * |i + offset - j| + bias            -inf where i may not see j
-    p = exp(s - lse_i),  lse_i = log sum_j exp(s)      o_i = sum_j drop(p) v_j
+    p = exp(s - m_i) / l_i    m_i = max_j s    l_i = sum_j exp(s - m_i)    o_i = sum_j drop(p) v_j
+    lse_i = m_i + log l_i
 
-Backward, with delta_i = do_i . o_i - dlse_i:
+Backward, with delta_i = sum_j p dp - dlse_i:
 
     dp = drop(do_i . v_j)    ds = p (dp - delta_i)    dx = ds (1 - (c / softcap)^2)
     dq_i = scale sum_j dx k_j    dk_j = scale sum_i dx q_i    dv_j = sum_i drop(p) do_i    dbias = ds
@@ -202,15 +203,20 @@ def check_lengths(name: str, lengths: Tensor | None, most: int) -> None:
             raise RuntimeError(f"{name} must lie in [0, {most}], got {low if low < 0 else high}")
 
 
-def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights and lse [.., 1]; a row that is all -inf has weights 0 and lse -inf."""
+def softmax(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, the row's maximum m and sum l of exponentials, both [.., 1]; a row that is all -inf has weights, m and l
+    of 0."""
     top = scores.detach().amax(-1, keepdim=True)
     top = top.masked_fill(top == -torch.inf, 0)
     exponentials = torch.exp(scores - top)
     total = exponentials.sum(-1, keepdim=True)
+    return exponentials / total.masked_fill(total == 0, 1), top, total
+
+
+def log_sum(top: Tensor, total: Tensor) -> Tensor:
+    """lse of what :func:`softmax` returns; -inf for a row that is all -inf."""
     empty = total == 0
-    total = total.masked_fill(empty, 1)
-    return exponentials / total, (top + torch.log(total)).masked_fill(empty, -torch.inf)
+    return (top + torch.log(total.masked_fill(empty, 1))).masked_fill(empty, -torch.inf)
 
 
 def _forward_rows(
@@ -220,13 +226,13 @@ def _forward_rows(
     start: int,
     stop: int,
     product: Callable[[Tensor, Tensor], Tensor] = _product_across,
-) -> tuple[Tensor, Tensor]:
-    """Output and lse of rows [start, stop), wide; differentiable by autograd."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, m and l of rows [start, stop), wide; differentiable by autograd."""
     _, scores = _scores(a, key, start, stop, product)
-    weights, lse = softmax(scores)
+    weights, top, total = softmax(scores)
     if a.dropout_seed is not None:
         weights = weights * dropout_keep(a, start, stop) / (1 - a.dropout_p)
-    return _product(a, weights, value), lse.squeeze(-1)
+    return _product(a, weights, value), top.squeeze(-1), total.squeeze(-1)
 
 
 def _chunks(a: Attention) -> Iterator[tuple[int, int]]:
@@ -251,17 +257,16 @@ def attention_differentiable(*arguments: Any) -> tuple[Tensor, Tensor]:
         return nothing.unsqueeze(-1).expand(*nothing.shape, a.value.size(3)).to(a.query.dtype), nothing - torch.inf
     key, value = _heads(a, a.key), _heads(a, a.value)
     if not a.hides:
-        output, lse = _forward_rows(a, key, value, 0, a.query.size(2))
-        return output.to(a.query.dtype), lse
-    output, lse = _forward_rows(a, key, value, 0, a.query.size(2), hiding_scores)
+        output, top, total = _forward_rows(a, key, value, 0, a.query.size(2))
+        return output.to(a.query.dtype), log_sum(top, total)
+    output, top, total = _forward_rows(a, key, value, 0, a.query.size(2), hiding_scores)
     # What comes back for a row that saw nothing goes no further, NaN neither.
-    empty = (lse == -torch.inf).unsqueeze(-1)
-    return output.masked_fill(empty, 0).to(a.query.dtype), lse
+    return output.masked_fill((total == 0).unsqueeze(-1), 0).to(a.query.dtype), log_sum(top, total)
 
 
 @outside_autocast
-def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The forward operator. As :func:`attention_differentiable`, in linear memory.
+def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward operator. As :func:`attention_differentiable`, in linear memory, and with m and l of every row.
 
     Raises:
         RuntimeError: lengths out of range.
@@ -270,15 +275,13 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     check_lengths("q_lengths", a.q_lengths, a.query.size(2))
     check_lengths("k_lengths", a.k_lengths, a.key.size(2))
     output = empty_like_layout(a.query, a.value.size(3))
-    lse = torch.empty(a.query.shape[:3], dtype=_wide(a.query).dtype, device=a.query.device)
-    if a.key.size(2) == 0:
-        return output.zero_(), lse.fill_(-torch.inf)
+    statistics = torch.zeros(2, *a.query.shape[:3], dtype=_wide(a.query).dtype, device=a.query.device)
     key, value = _heads(a, a.key), _heads(a, a.value)
-    for start, stop in _chunks(a):
-        rows, row_lse = _forward_rows(a, key, value, start, stop)
+    for start, stop in _chunks(a) if a.key.size(2) else ():
+        rows, *row_statistics = _forward_rows(a, key, value, start, stop)
         output[:, :, start:stop] = rows
-        lse[:, :, start:stop] = row_lse
-    return output, lse
+        statistics[:, :, :, start:stop] = torch.stack(row_statistics)
+    return output if a.key.size(2) else output.zero_(), log_sum(*statistics), statistics
 
 
 @outside_autocast
@@ -289,34 +292,33 @@ def attention_backward(
 
     Args:
         grad_output, grad_lse: gradients of the forward operator's results, None for zero.
-        arguments: those of :class:`Attention`, output and lse as the forward operator returned them, need_bias_grad.
+        arguments: those of :class:`Attention`, output and statistics as the forward operator returned them,
+            need_bias_grad. Here weights are computed from the scores alone, because all keys of a row are at hand.
     """
-    *inputs, output, lse, need_bias_grad = arguments
+    *inputs, output, statistics, need_bias_grad = arguments
     a = Attention(*inputs)
     key, value = _heads(a, a.key), _heads(a, a.value)
-    # exp(s - inf) is 0: a row that saw nothing.
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     grad_query = torch.zeros_like(_wide(a.query))
     grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
     wants_bias = need_bias_grad and a.bias is not None
     grad_bias = torch.zeros(
-        a.bias.shape if wants_bias and a.bias is not None else 0, dtype=lse.dtype, device=lse.device
+        a.bias.shape if wants_bias and a.bias is not None else 0, dtype=statistics.dtype, device=statistics.device
     )
     for start, stop in _chunks(a) if a.key.size(2) else ():
         rows = slice(start, stop)
         capped, scores = _scores(a, key, start, stop)
-        weights = torch.exp(scores - lse[:, :, rows].unsqueeze(-1))
+        weights, _, _ = softmax(scores)
         if grad_output is None:
-            d_output = torch.zeros_like(output[:, :, rows], dtype=lse.dtype)
+            d_output = torch.zeros_like(output[:, :, rows], dtype=statistics.dtype)
         else:
             d_output = _wide(grad_output[:, :, rows])
-        delta = (d_output * _wide(output[:, :, rows])).sum(-1, keepdim=True)
-        if grad_lse is not None:
-            delta = delta - grad_lse[:, :, rows].unsqueeze(-1)
         dropped, d_weights = weights, d_output @ value.mT
         if a.dropout_seed is not None:
             kept = dropout_keep(a, start, stop) / (1 - a.dropout_p)
             dropped, d_weights = weights * kept, d_weights * kept
+        delta = torch.where(weights == 0, 0, weights * d_weights).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta = delta - grad_lse[:, :, rows].unsqueeze(-1)
         d_scores = torch.where(weights == 0, 0, weights * (d_weights - delta))
         if wants_bias:
             _rows_of(grad_bias, start, stop).add_(d_scores.sum_to_size(_rows_of(grad_bias, start, stop).shape))

@@ -130,15 +130,16 @@ def _lengths(name: str, lengths: Tensor | None, query: Tensor) -> Tensor | None:
 
 def _run(ops: AttentionOps, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling() or torch._C._is_tracing():
-        result: tuple[Tensor, Tensor] = ops.forward(*arguments)
-        return result
+        output, lse, _ = ops.forward(*arguments)
+        return output, lse
     if torch.is_grad_enabled():
         q, k, v, bias = arguments[:4]
         if q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad):
             return AttentionFunction.apply(ops, arguments[TENSORS:], *arguments[:TENSORS])  # type: ignore[no-any-return, no-untyped-call]
     # No gradient to record: below autograd, whose way through Python is longer than a small problem.
     with torch._C._AutoDispatchBelowAutograd():
-        return ops.forward(*arguments)  # type: ignore[no-any-return]
+        output, lse, _ = ops.forward(*arguments)
+    return output, lse
 
 
 def _at_once(

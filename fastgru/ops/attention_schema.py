@@ -1,9 +1,12 @@
 """The attention operators of every backend: schema, fake kernel and autograd, each defined once.
 
-``<backend>_attention`` returns the output [B, Hq, Lq, Dv], laid out like ``query``, and the log of the sum of the
-exponentials of the scores, lse [B, Hq, Lq], in the type computed in. Arguments and equations are those of
-:mod:`fastgru.backends.reference_attention`; every tensor may be strided. Only query, key, value and bias have
-gradients. The second derivative differentiates the reference's composite.
+``<backend>_attention`` returns the output [B, Hq, Lq, Dv], laid out like ``query``; the log of the sum of the
+exponentials of the scores, lse [B, Hq, Lq], in the type computed in; and for the backward pass what the weights were
+computed with, statistics [2, B, Hq, Lq] of that type: each row's reference m and its sum l of exp(s - m), 0 where it saw
+nothing. The unit of m is the backend's own. (lse alone would not do: of large scores it is rounded by more than 1.)
+Arguments and equations are those of :mod:`fastgru.backends.reference_attention`; every tensor may be strided. Only
+query, key, value and bias have gradients, through output and lse. The second derivative differentiates the reference's
+composite.
 """
 
 from __future__ import annotations
@@ -37,10 +40,11 @@ class AttentionOps(NamedTuple):
     backward: torch._ops.OpOverload
 
 
-def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     a = Attention(*arguments)
-    dtype = torch.float64 if a.query.dtype is torch.float64 else torch.float32
-    return empty_like_layout(a.query, a.value.shape[3]), a.query.new_empty(a.query.shape[:3], dtype=dtype)
+    rows, dtype = a.query.shape[:3], torch.float64 if a.query.dtype is torch.float64 else torch.float32
+    lse, statistics = (a.query.new_empty(shape, dtype=dtype) for shape in (rows, (2, *rows)))
+    return empty_like_layout(a.query, a.value.shape[3]), lse, statistics
 
 
 def _fake_backward(
@@ -53,15 +57,17 @@ def _fake_backward(
     return query, key, value, a.query.new_empty(a.bias.shape if wants_bias and a.bias is not None else 0)
 
 
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    result, _, statistics = output
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(statistics)
     ctx.numbers = inputs[TENSORS:]
-    ctx.save_for_backward(*inputs[:TENSORS], *output)
+    ctx.save_for_backward(*inputs[:TENSORS], result, statistics)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    # Neither output, lse nor the flag: nothing is differentiated through those.
+    # Neither output, statistics nor the flag: nothing is differentiated through those.
     ctx.numbers = inputs[2 + TENSORS : 2 + _COUNT]
     ctx.has_bias_grad = inputs[-1]
     ctx.save_for_backward(*inputs[: 2 + TENSORS])
@@ -71,13 +77,15 @@ def _run_backward(
     ops: AttentionOps, ctx: Any, need: tuple[bool, ...], grad_output: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients of query, key, value and bias, None for those not needed."""
-    *tensors, output, lse = ctx.saved_tensors
-    grads = call(ops.backward, grad_output, grad_lse, *tensors, *ctx.numbers, output, lse, need[3])
+    *tensors, output, statistics = ctx.saved_tensors
+    grads = call(ops.backward, grad_output, grad_lse, *tensors, *ctx.numbers, output, statistics, need[3])
     return tuple([grad if needed else None for grad, needed in zip(grads, need, strict=False)])
 
 
 def _forward_backward(ops: AttentionOps) -> Callable[..., tuple[Tensor | None, ...]]:
-    def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, _: None = None
+    ) -> tuple[Tensor | None, ...]:
         grads = _run_backward(ops, ctx, ctx.needs_input_grad, grad_output, grad_lse)
         return *grads, *[None] * (_COUNT - _DIFFERENTIABLE)
 
@@ -93,11 +101,11 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ops: AttentionOps, numbers: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            output: tuple[Tensor, Tensor] = ops.forward(*tensors, *numbers)
+            output, lse, statistics = ops.forward(*tensors, *numbers)
         ctx.set_materialize_grads(False)
         ctx.ops, ctx.numbers = ops, numbers
-        ctx.save_for_backward(*tensors, *output)
-        return output
+        ctx.save_for_backward(*tensors, output, statistics)
+        return output, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -131,9 +139,9 @@ def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
 def _define(backend: str) -> AttentionOps:
     forward, backward = f"{backend}_attention", f"{backend}_attention_backward"
     tag = torch.Tag.pt2_compliant_tag
-    LIBRARY.define(f"{forward}({_ARGUMENTS}) -> (Tensor output, Tensor lse)", tags=tag)
+    LIBRARY.define(f"{forward}({_ARGUMENTS}) -> (Tensor output, Tensor lse, Tensor statistics)", tags=tag)
     LIBRARY.define(
-        f"{backward}(Tensor? grad_output, Tensor? grad_lse, {_ARGUMENTS}, Tensor output, Tensor lse, "
+        f"{backward}(Tensor? grad_output, Tensor? grad_lse, {_ARGUMENTS}, Tensor output, Tensor statistics, "
         "bool need_bias_grad) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
         tags=tag,
     )
@@ -162,9 +170,9 @@ def _define_plain() -> AttentionOps:
         "Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool causal, bool bottom_right, "
         "bool grouped"
     )
-    LIBRARY.define(f"{forward}({arguments}) -> (Tensor output, Tensor lse)")
+    LIBRARY.define(f"{forward}({arguments}) -> (Tensor output, Tensor statistics)")
     LIBRARY.define(
-        f"{backward}(Tensor grad_output, {arguments}, Tensor output, Tensor lse) "
+        f"{backward}(Tensor grad_output, {arguments}, Tensor output, Tensor statistics) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
     )
     return AttentionOps(*(getattr(torch.ops.fastgru, name).default for name in (forward, backward)))
@@ -186,16 +194,16 @@ class PlainAttentionFunction(torch.autograd.Function):
         # Not in a frame that Dynamo traces, as it does those below a break of its graph.
         direct = None if torch.compiler.is_compiling() else _lib.direct
         found = None if direct is None else direct.attention_train(query, key, value, mask, *options)
-        output, lse = PLAIN_OPS.forward._op(query, key, value, mask, *options) if found is None else found
+        output, statistics = PLAIN_OPS.forward._op(query, key, value, mask, *options) if found is None else found
         ctx.options = options
-        ctx.save_for_backward(query, key, value, mask, output, lse)
+        ctx.save_for_backward(query, key, value, mask, output, statistics)
         return output  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, output, lse = ctx.saved_tensors
+        query, key, value, mask, output, statistics = ctx.saved_tensors
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            arguments = grad, query, key, value, mask, *ctx.options, output, lse
+            arguments = grad, query, key, value, mask, *ctx.options, output, statistics
             found = None if _lib.direct is None else _lib.direct.attention_backward(*arguments)
             return *(PLAIN_OPS.backward._op(*arguments) if found is None else found), None, None
         # To be differentiated again, or compiled, which the operator of all arguments can be.
@@ -205,7 +213,7 @@ class PlainAttentionFunction(torch.autograd.Function):
         right = 0 if causal else -1
         tensors = query, key, value, None, mask, None, None, None, None
         arguments = Attention(*tensors, 0.0, scale, 0.0, -1, right, bottom_right)
-        found = ATTENTION_OPS["cpu"].backward(grad, None, *arguments, output, lse, False)
+        found = ATTENTION_OPS["cpu"].backward(grad, None, *arguments, output, statistics, False)
         return *found[:3], None, None
 
 

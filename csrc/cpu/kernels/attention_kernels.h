@@ -2,12 +2,14 @@
 //
 // Equations, for query i of a head and key j of the key head that it shares with its group:
 //   x = scale * q_i . k_j         c = softcap * tanh(x / softcap), or x        s = c - slope |i + offset - j| + bias
-//   p = exp(s - lse_i)            lse_i = log sum_j exp(s)                     o_i = sum_j drop(p) v_j
-// Backward, with delta_i = do_i . o_i - dlse_i:
+//   p = exp(s - m_i) / l_i        l_i = sum_j exp(s - m_i)                     o_i = sum_j drop(p) v_j
+// with a reference m_i near the largest s of the row, and lse_i = m_i + log l_i where it is asked for.
+// Backward, with delta_i = do_i . o_i - dlse_i, or sum_j p dp - dlse_i, which is the same:
 //   dp = drop(do_i . v_j)         ds = p (dp - delta_i)                        dx = ds (1 - (c / softcap)^2)
 //   dq_i = scale sum_j dx k_j     dk_j = scale sum_i dx q_i    dv_j = sum_i drop(p) do_i    dbias = ds
 // s is -inf where i may not see j, and where bias is -inf; what such a position holds, NaN included, reaches nothing. A
-// row that sees nothing has o = 0 and lse = -inf. Saved for the backward pass: o and lse alone.
+// row that sees nothing has o = 0, l = 0 and lse = -inf. Saved for the backward pass: o, m and l. (lse alone would not
+// do: its rounding is that of the score, of which a large one leaves nothing of p.)
 //
 // Letters: B sequences, Hq and Hk heads of queries and keys, Lq and Lk their lengths, D and Dv columns of keys and
 // values. Compute type: double for f64, otherwise float.
@@ -54,8 +56,10 @@ struct AttentionShape {
 
 struct AttentionForward {
   AttentionShape s;
-  Heads out;  // [B, Hq, Lq, Dv] out
-  void* lse;  // [B, Hq, Lq] out, contiguous, compute type
+  Heads out;         // [B, Hq, Lq, Dv] out
+  void* lse;         // [B, Hq, Lq] out, contiguous, compute type; null: not wanted
+  void* statistics;  // [2, B, Hq, Lq] out, likewise: m, which is in q . k where nothing but hiding is done to the
+                     // scores and the scale is positive, else in s; and l
 };
 
 struct AttentionBackward {
@@ -63,7 +67,7 @@ struct AttentionBackward {
   Heads d_out;        // [B, Hq, Lq, Dv]; no data: zero
   const void* d_lse;  // [B, Hq, Lq] contiguous, compute type; null: zero
   Heads out;          // as the forward pass wrote it
-  const void* lse;
+  const void* statistics;
   Heads dq, dk, dv;         // out, shapes of q, k, v
   void* d_bias;             // contiguous, out; null: not wanted
   int64_t d_bias_shape[4];  // sizes: those of the scores, or 1
