@@ -456,8 +456,8 @@ PyObject* attention_train(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyTuple_Pack(2, output.get(), statistics.get());
 }
 
-// attention_backward(grad_output, query, key, value, mask, scale, causal, bottom_right, grouped, output, statistics): of
-// what attention_train returned. Returns (grad_query, grad_key, grad_value).
+// attention_backward(grad_output, query, key, value, mask, scale, causal, bottom_right, grouped, output, statistics):
+// of what attention_train returned. Returns (grad_query, grad_key, grad_value).
 PyObject* attention_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!takes(count, Attention::kArguments + 3)) return nullptr;
   PyObject* const* tensors = args + 1;

@@ -1,12 +1,11 @@
 """The attention operators of every backend: schema, fake kernel and autograd, each defined once.
 
 ``<backend>_attention`` returns the output [B, Hq, Lq, Dv], laid out like ``query``; the log of the sum of the
-exponentials of the scores, lse [B, Hq, Lq], in the type computed in; and for the backward pass what the weights were
-computed with, statistics [2, B, Hq, Lq] of that type: each row's reference m and its sum l of exp(s - m), 0 where it saw
-nothing. The unit of m is the backend's own. (lse alone would not do: of large scores it is rounded by more than 1.)
-Arguments and equations are those of :mod:`fastgru.backends.reference_attention`; every tensor may be strided. Only
-query, key, value and bias have gradients, through output and lse. The second derivative differentiates the reference's
-composite.
+exponentials of the scores, lse [B, Hq, Lq], in the type computed in; and for the backward pass statistics
+[2, B, Hq, Lq] of that type: each row's reference m, in a unit of the backend's own, and its sum l of exp(s - m), both 0
+where it saw nothing. (lse alone would not do: that of large scores is rounded by more than 1.) Arguments and equations
+are those of :mod:`fastgru.backends.reference_attention`; every tensor may be strided. Only query, key, value and bias
+have gradients, through output and lse. The second derivative differentiates the reference's composite.
 """
 
 from __future__ import annotations
