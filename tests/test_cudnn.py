@@ -76,6 +76,35 @@ class TestOperators:
         )
 
 
+@pytest.mark.parametrize("missing", [(4,), (5,), (4, 8), (9,), (4, 5, 8)], ids=str)
+def test_a_missing_bias_is_zero(missing: tuple[int, ...]) -> None:
+    ops = GRU_OPS["cudnn"]
+    arguments = layer(False, True, True)
+    zeros = list(arguments)
+    for i in missing:
+        arguments[i], zeros[i] = None, torch.zeros(21, dtype=torch.float64)
+    results = []
+    for given in (arguments, zeros):
+        output, h_n, gates = ops.train(*given)
+        results.append((output, h_n, *ops.backward(output, h_n, *given, output, gates, True, True)[:4]))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_results_may_be_overwritten() -> None:
+    arguments = layer(False, True, True, requires_grad=True)
+    leaves = [t for t in arguments[:-1] if t is not None]
+    results = []
+    for in_place in (False, True):
+        output, h_n = KeptGraphFunction.apply(GRU_OPS["cudnn"], *arguments)
+        output = output.mul_(2) if in_place else output * 2
+        h_n = h_n.mul_(2) if in_place else h_n * 2
+        loss = output.square().sum() + h_n.sum()
+        for _ in range(2):
+            results.append(torch.autograd.grad(loss, leaves, retain_graph=True))
+    for got in results[1:]:
+        torch.testing.assert_close(got, results[0])
+
+
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
 def test_derivatives_of_the_module(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     """As on a GPU, but that torch's operator is ATen's here."""

@@ -279,7 +279,7 @@ def test_what_is_not_plain_is_left_to_the_operators(x: Any, hx: Any) -> None:
     parameters, names = gru._parameters, gru._flat_weights_names
     weights = [parameters[name] for name in names]
     with torch.no_grad():
-        assert REAL.infer(parameters, names, x, hx, 1, False, True, False) is None
+        assert REAL.infer({**vars(gru), "_parameters": parameters}, x, hx) is None
         assert REAL.train(x, hx, *weights) is None
         output, h_n, gates = REAL.train(X, HX, *weights)
         grads = torch.ones_like(output), torch.ones_like(h_n)
@@ -328,7 +328,7 @@ def test_weights_that_are_not_plain_are_left_to_the_operators(spoil: str) -> Non
         del parameters["weight_hh_l0"]
     with torch.no_grad():
         x, hx = torch.randn(2, 1, 4), torch.randn(1, 1, 4)
-        assert REAL.infer(parameters, names, x, hx, 1, False, True, False) is None
+        assert REAL.infer({**vars(gru), "_parameters": parameters}, x, hx) is None
         own = [parameters.get(name) for name in names]
         assert REAL.train(x, hx, *own) is None
 
@@ -491,7 +491,7 @@ def test_attention_that_is_not_plain_is_left_to_the_operators(
 
 def test_wrong_numbers_of_arguments_are_errors() -> None:
     counts = {
-        "setup": 7, "infer": 8, "cell": 6, "train": 6, "backward": 12, "attention": 8, "attention_train": 8,
+        "setup": 7, "infer": 3, "cell": 6, "train": 6, "backward": 12, "attention": 8, "attention_train": 8,
         "attention_backward": 11,
     }  # fmt: skip
     for name, count in counts.items():

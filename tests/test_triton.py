@@ -168,6 +168,41 @@ def test_operators_refuse_sizes_that_do_not_fit() -> None:
 
 
 @here
+@pytest.mark.parametrize("missing", [(4,), (5,), (4, 8), (9,), (4, 5, 8)], ids=str)
+def test_operators_take_a_missing_bias_for_zero(missing: tuple[int, ...]) -> None:
+    arguments = layer(7, False, True)
+    zeros = list(arguments)
+    for i in missing:
+        arguments[i], zeros[i] = None, torch.zeros(21, device=DEVICE)
+    for a, b in zip(GRU_OPS["triton"].train(*arguments), GRU_OPS["triton"].train(*zeros), strict=True):
+        assert torch.equal(a, b)
+
+
+@here
+@pytest.mark.parametrize("wrong", [2, 3, 4, 5], ids=["w_ih", "w_hh", "b_ih", "b_hh"])
+def test_operators_refuse_weights_that_do_not_fit(wrong: int) -> None:
+    arguments = layer(7, False, False)
+    tensor = arguments[wrong]
+    assert tensor is not None
+    arguments[wrong] = tensor[:-3]
+    with pytest.raises(RuntimeError, match=r"expected a weight or bias of shape \[21"):
+        GRU_OPS["triton"].infer(*arguments)
+
+
+@here
+def test_operators_leave_results_that_may_be_overwritten(chosen: None) -> None:
+    module = fastgru.GRU(3, 4, device=DEVICE)
+    x = torch.randn(3, 2, 3, device=DEVICE)
+    results = []
+    for in_place in (False, True):
+        output, h_n = module(x)
+        output = output.mul_(2) if in_place else output * 2
+        h_n = h_n.mul_(2) if in_place else h_n * 2
+        results.append(torch.autograd.grad(output.square().sum() + h_n.sum(), list(module.parameters())))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@here
 def test_operators_refuse_float64(chosen: None) -> None:
     module = fastgru.GRU(2, 3, dtype=torch.float64, device=DEVICE)
     with pytest.raises(fastgru.BackendUnavailable, match=r"'triton' cannot run .*no kernels for torch.float64"):

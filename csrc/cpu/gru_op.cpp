@@ -16,6 +16,17 @@ using torch::headeronly::ScalarType;
 // Tests set this: chunks so small that a short sequence has many.
 std::atomic<int64_t> chunk_tokens{0};
 
+std::string text(const std::vector<int64_t>& size) {
+  std::string all;
+  for (const int64_t n : size) all += (all.empty() ? "" : ", ") + std::to_string(n);
+  return "[" + all + "]";
+}
+std::string text(const Tensor& t) {
+  std::vector<int64_t> size(t.dim());
+  for (size_t i = 0; i < size.size(); ++i) size[i] = t.size(int64_t(i));
+  return text(size);
+}
+
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // The tensors of a layer, contiguous where the engine needs them so, and the struct that points into them.
@@ -23,6 +34,7 @@ struct Layer {
   Tensor input, hx;
   std::vector<Tensor> held;  // copies of weights that were not contiguous
   OptionalTensor batch_sizes;
+  int64_t columns;  // of the input; the engine has one where there is none
   GruShape shape{};
   DType dtype;
 
@@ -34,7 +46,7 @@ struct Layer {
     STD_TORCH_CHECK(input.dim() == (packed ? 2 : 3) && hx.dim() == 3 && w_ih.dim() == 2 && w_hh.dim() == 2,
                     "fastgru: expected input [T, B, I] (packed: [N, I]), hx [D, B, H] and matrices of weights");
     shape.D = w_ih_r.has_value() ? 2 : 1;
-    shape.I = input.size(packed ? 1 : 2);
+    shape.I = columns = input.size(packed ? 1 : 2);
     shape.H = w_hh.size(1);
     shape.B = hx.size(1);
     STD_TORCH_CHECK(hx.size(0) == shape.D && hx.size(2) == shape.H, "fastgru: expected hx [", shape.D, ", B, ", shape.H,
@@ -70,6 +82,7 @@ struct Layer {
       shape.x_stride_b = input.stride(1);
     }
     shape.x = input.const_data_ptr();
+    if (shape.I == 0) input_of_one_column();
     check_dtype(hx);
     shape.h0 = hx.const_data_ptr();
     shape.w[0] = weights(w_ih, w_hh, b_ih, b_hh);
@@ -79,16 +92,23 @@ struct Layer {
     }
   }
 
+  // The engine's products are over one column at the least: of zeros, and so are the weights.
+  void input_of_one_column() {
+    held.push_back(torch::stable::fill_(empty({3 * shape.H}), 0));
+    shape.I = 1;
+    shape.x = held.back().const_data_ptr();
+    shape.x_stride_t = shape.x_stride_b = 0;
+  }
+
   void check_dtype(const Tensor& t) const {
     STD_TORCH_CHECK(t.scalar_type() == input.scalar_type(), "fastgru: input, hx and weights must have one dtype");
   }
 
-  const void* hold(const Tensor& t, int64_t rows, int64_t columns) {
+  const void* hold(const Tensor& t, std::initializer_list<int64_t> size) {
     check_dtype(t);
-    STD_TORCH_CHECK(t.size(0) == rows && t.dim() == (columns ? 2 : 1) && (!columns || t.size(1) == columns),
-                    "fastgru: expected a weight or bias [", rows, columns ? ", " : "",
-                    columns ? std::to_string(columns) : "", "], got one of ", t.dim(),
-                    " dimensions, the first of size ", t.dim() ? t.size(0) : 0);
+    bool fits = t.dim() == int64_t(size.size());
+    for (int64_t i = 0; fits && i < t.dim(); ++i) fits = t.size(i) == size.begin()[i];
+    STD_TORCH_CHECK(fits, "fastgru: expected a weight or bias ", text(size), ", got ", text(t));
     if (t.is_contiguous()) return t.const_data_ptr();
     held.push_back(torch::stable::contiguous(t));
     return held.back().const_data_ptr();
@@ -96,8 +116,9 @@ struct Layer {
 
   GruWeights weights(const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh) {
     const int64_t rows = 3 * shape.H;
-    return {hold(w_ih, rows, shape.I), hold(w_hh, rows, shape.H), b_ih ? hold(*b_ih, rows, 0) : nullptr,
-            b_hh ? hold(*b_hh, rows, 0) : nullptr};
+    const void* input_weight = hold(w_ih, {rows, columns});
+    return {columns ? input_weight : shape.x, hold(w_hh, {rows, shape.H}), b_ih ? hold(*b_ih, {rows}) : nullptr,
+            b_hh ? hold(*b_hh, {rows}) : nullptr};
   }
 
   Tensor empty(const std::vector<int64_t>& size) const {
@@ -115,6 +136,7 @@ struct Layer {
 };
 
 void forward(const Layer& layer, const Tensor& output, const Tensor& h_n, const Tensor* gates) {
+  if (layer.shape.H == 0) return;
   Arena arena;
   const GruForward f{layer.shape, output.mutable_data_ptr(), h_n.mutable_data_ptr(),
                      gates ? gates->mutable_data_ptr() : nullptr};
@@ -160,14 +182,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const Op
   STD_TORCH_CHECK((!dy || dy->numel() == y.numel()) && (!dh_n || dh_n->numel() == s.D * s.B * s.H),
                   "fastgru: gradients must have the shapes of output and h_n");
 
-  Tensor dx = need_input_grad ? layer.empty_tokens(s.I) : layer.empty({0});
+  Tensor dx = need_input_grad ? layer.empty_tokens(layer.columns) : layer.empty({0});
   Tensor dh0 = layer.empty_state();
   const auto weight_grad = [&](const std::vector<int64_t>& size) {
     return layer.empty(need_weight_grad ? size : std::vector<int64_t>{0});
   };
-  Tensor dw_ih = weight_grad({s.D, 3 * s.H, s.I}), dw_hh = weight_grad({s.D, 3 * s.H, s.H});
+  Tensor dw_ih = weight_grad({s.D, 3 * s.H, layer.columns}), dw_hh = weight_grad({s.D, 3 * s.H, s.H});
   Tensor db_ih = weight_grad({s.D, 3 * s.H}), db_hh = weight_grad({s.D, 3 * s.H});
+  if (s.H == 0) return {torch::stable::fill_(dx, 0), dh0, dw_ih, dw_hh, db_ih, db_hh};
   const auto wanted = [](const Tensor& t, bool needed) { return needed ? t.mutable_data_ptr() : nullptr; };
+  OptionalTensor of_one_column;
+  if (layer.columns == 0) of_one_column = layer.empty({s.D, 3 * s.H});
 
   Arena arena;
   const GruBackward b{s,
@@ -175,9 +200,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const Op
                       dh_n ? dh_n->const_data_ptr() : nullptr,
                       y.const_data_ptr(),
                       saved ? saved->const_data_ptr() : nullptr,
-                      wanted(dx, need_input_grad),
+                      wanted(dx, need_input_grad && layer.columns),
                       dh0.mutable_data_ptr(),
-                      wanted(dw_ih, need_weight_grad),
+                      wanted(of_one_column ? *of_one_column : dw_ih, need_weight_grad),
                       wanted(dw_hh, need_weight_grad),
                       wanted(db_ih, need_weight_grad),
                       wanted(db_hh, need_weight_grad),

@@ -36,6 +36,19 @@ PyObject* is_grad_enabled = nullptr;
 PyObject* modes = nullptr;  // a tuple of functions, of which each is false in plain eager mode
 Py_ssize_t mode_count = 0;
 
+// The keys of a module's __dict__ that `infer` reads.
+PyObject* key_parameters = nullptr;
+PyObject* key_names = nullptr;
+PyObject* key_num_layers = nullptr;
+PyObject* key_input_size = nullptr;
+PyObject* key_hidden_size = nullptr;
+PyObject* key_proj_size = nullptr;
+PyObject* key_bias = nullptr;
+PyObject* key_batch_first = nullptr;
+PyObject* key_bidirectional = nullptr;
+PyObject* key_training = nullptr;
+PyObject* key_dropout = nullptr;
+
 PyObject* name_contiguous = nullptr;
 PyObject* name_is_neg = nullptr;
 PyObject* name_new_empty = nullptr;
@@ -214,24 +227,53 @@ bool run(bool (*call)(const Problem&, DType), const Problem& problem, DType dtyp
   return done;
 }
 
+// What a module says of itself, which may have been edited since it was made. False where a value is not of the type
+// that the constructor gives it, or is missing.
+struct Settings {
+  PyObject *parameters, *names;
+  Py_ssize_t layers, input_size, hidden_size, proj_size;
+  bool bias, batch_first, bidirectional, training;
+
+  bool read(PyObject* module) {
+    parameters = PyDict_GetItem(module, key_parameters);
+    names = PyDict_GetItem(module, key_names);
+    const PyObject* dropout = PyDict_GetItem(module, key_dropout);
+    return parameters && names && dropout && PyFloat_CheckExact(dropout) && number(module, key_num_layers, &layers) &&
+           number(module, key_input_size, &input_size) && number(module, key_hidden_size, &hidden_size) &&
+           number(module, key_proj_size, &proj_size) && flag(module, key_bias, &bias) &&
+           flag(module, key_batch_first, &batch_first) && flag(module, key_bidirectional, &bidirectional) &&
+           flag(module, key_training, &training);
+  }
+  static bool number(PyObject* module, PyObject* key, Py_ssize_t* found) {
+    PyObject* value = PyDict_GetItem(module, key);
+    if (!value || !PyLong_CheckExact(value)) return false;
+    *found = PyLong_AsSsize_t(value);
+    return *found >= 0;
+  }
+  static bool flag(PyObject* module, PyObject* key, bool* found) {
+    const PyObject* value = PyDict_GetItem(module, key);
+    *found = value == Py_True;
+    return *found || value == Py_False;
+  }
+};
+
 bool takes(Py_ssize_t count, Py_ssize_t expected) {
   if (count == expected) return true;
   PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, count);
   return false;
 }
 
-// infer(parameters, names, input, hx, num_layers, bidirectional, bias, batch_first): the layers of a module whose
-// weights are in the dict `parameters` under `names`, in nn.GRU's order; hx a tensor or None.
-// Returns (output, h_n), or True if all is plain but there is a gradient to record.
+// infer(module, input, hx): the layers of a module, given as its __dict__; hx a tensor or None. Dropout is the
+// caller's. Returns (output, h_n), or True if all is plain but there is a gradient to record.
 PyObject* infer(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (!takes(count, 8)) return nullptr;
-  PyObject *parameters = args[0], *names = args[1], *input = args[2], *hx = args[3];
-  const Py_ssize_t layers = PyLong_AsSsize_t(args[4]);
-  const int directions = args[5] == Py_True ? 2 : 1;
-  const bool bias = args[6] == Py_True, batch_first = args[7] == Py_True;
-  const Py_ssize_t own = bias ? 4 : 2;
-  if (any_mode() || PyErr_Occurred() || layers < 1 || PyList_Size(names) != layers * directions * own)
-    return not_plain();
+  if (!takes(count, 3)) return nullptr;
+  PyObject *input = args[1], *hx = args[2];
+  Settings module;
+  if (any_mode() || !module.read(args[0]) || module.proj_size != 0) return not_plain();
+  PyObject *parameters = module.parameters, *names = module.names;
+  const Py_ssize_t layers = module.layers, own = module.bias ? 4 : 2;
+  const int directions = module.bidirectional ? 2 : 1;
+  if (layers < 1 || PyList_Size(names) != layers * directions * own) return not_plain();
 
   const bool grad = truth(PyObject_CallNoArgs(is_grad_enabled));
   bool record = grad && (requires_grad(input) || (hx != Py_None && requires_grad(hx)));
@@ -249,9 +291,10 @@ PyObject* infer(PyObject*, PyObject* const* args, Py_ssize_t count) {
       record = record || (grad && requires_grad(weight));
     }
     Layer problem;
-    const int time = batch_first && layer == 0 ? 1 : 0;
+    const int time = module.batch_first && layer == 0 ? 1 : 0;
     if (!problem.read(x.get(), time, 1 - time, weights, directions)) return not_plain();
     const GruShape& s = problem.s;
+    if (s.H != module.hidden_size || (layer == 0 && s.I != module.input_size)) return not_plain();
     const int64_t states = int64_t(layers) * directions, state_bytes = directions * s.B * s.H * problem.input.bytes();
     if (layer == 0) {
       if (hx != Py_None) {
@@ -498,6 +541,17 @@ PyObject* setup(PyObject*, PyObject* const* args, Py_ssize_t count) {
   empty_like = args[4];
   is_grad_enabled = args[5];
   modes = args[6];
+  key_parameters = PyUnicode_InternFromString("_parameters");
+  key_names = PyUnicode_InternFromString("_flat_weights_names");
+  key_num_layers = PyUnicode_InternFromString("num_layers");
+  key_input_size = PyUnicode_InternFromString("input_size");
+  key_hidden_size = PyUnicode_InternFromString("hidden_size");
+  key_proj_size = PyUnicode_InternFromString("proj_size");
+  key_bias = PyUnicode_InternFromString("bias");
+  key_batch_first = PyUnicode_InternFromString("batch_first");
+  key_bidirectional = PyUnicode_InternFromString("bidirectional");
+  key_training = PyUnicode_InternFromString("training");
+  key_dropout = PyUnicode_InternFromString("dropout");
   name_contiguous = PyUnicode_InternFromString("contiguous");
   name_is_neg = PyUnicode_InternFromString("is_neg");
   name_new_empty = PyUnicode_InternFromString("new_empty");

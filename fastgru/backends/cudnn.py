@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgru.backends import registry
-from fastgru.backends.reference import outside_autocast
+from fastgru.backends.reference import outside_autocast, without_gaps
 
 
 @outside_autocast
@@ -25,6 +25,7 @@ def layer(train: bool, input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tens
     Shapes as those of the operators in ``fastgru.ops.schema``.
     """
     *weights, batch_sizes = weights_and_batch_sizes
+    weights = without_gaps(weights)
     given = [weight for weight in weights if weight is not None]
     options = (given, weights[2] is not None, 1, 0.0, train, weights[4] is not None)
     with warnings.catch_warnings():

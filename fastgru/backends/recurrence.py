@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastgru.backends.reference import gate_stride, outside_autocast, step_sizes
+from fastgru.backends.reference import check_weights, gate_stride, outside_autocast, step_sizes, without_gaps
 
 #: What they compute in, apart from float64.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,9 +45,11 @@ class Layer:
     """
 
     def __init__(self, kernels: Kernels, input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tensor | None) -> None:
-        *weights, batch_sizes = weights_and_batch_sizes
+        *given, batch_sizes = weights_and_batch_sizes
+        check_weights(input, hx, given)
+        weights = without_gaps(given)
         self.directions, self.batch, self.hidden = hx.shape
-        self.input = input.reshape(-1, input.size(-1))
+        self.input = input.flatten(0, -2)
         self.rows = self.input.size(0)
         self.hx = hx.contiguous()
         w_ih, w_hh, self.b_ih, self.b_hh = (_stack(*pair) for pair in zip(weights[:4], weights[4:], strict=True))
@@ -114,13 +116,14 @@ class Operators:
         self, save_gates: bool, input: Tensor, hx: Tensor, *rest: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         layer = Layer(self.kernels, input, hx, *rest)
-        directions, batch, hidden = hx.shape
-        output = input.new_empty(layer.rows, directions * hidden)
+        directions, _, hidden = hx.shape
+        # Not a view, which autograd would not let a caller overwrite.
+        output = input.new_empty(*input.shape[:-1], directions * hidden)
         gates = input.new_empty(directions, layer.rows, 4 * gate_stride(hidden)) if save_gates else None
         h_n = torch.empty_like(layer.hx)
-        if batch:
-            self.kernels.forward(layer, layer.project(), output, h_n, gates)
-        return output.view(*input.shape[:-1], directions * hidden), h_n, gates
+        if h_n.numel():
+            self.kernels.forward(layer, layer.project(), output.view(layer.rows, directions * hidden), h_n, gates)
+        return output, h_n, gates
 
     def infer(self, input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """One layer."""
@@ -142,14 +145,14 @@ class Operators:
         """Gradients of one layer. Without gates one product over all rows makes them again."""
         *weights_and_batch_sizes, output, gates, need_input_grad, need_weight_grad = rest
         layer = Layer(self.kernels, input, hx, *weights_and_batch_sizes)
-        directions, batch, hidden = hx.shape
+        directions, _, hidden = hx.shape
         by_row = (layer.rows, directions * hidden)
         grad_output = None if grad_output is None else grad_output.reshape(by_row).contiguous()
         grad_h_n = None if grad_h_n is None else grad_h_n.contiguous()
         previous = input.new_empty(layer.rows, directions, hidden)
         grad_gates = input.new_empty(layer.rows, 4 * directions * hidden)
         grad_hx = torch.empty_like(layer.hx)
-        if batch:
+        if grad_hx.numel():
             self.kernels.previous_states(layer, output.reshape(by_row).contiguous(), previous)
             if gates is None:
                 gates = self._recompute_gates(layer, previous)

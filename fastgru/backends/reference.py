@@ -11,7 +11,7 @@ of rows of each step. bfloat16 and float16 are computed, and the state carried, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -46,6 +46,31 @@ def gate_stride(hidden_size: int) -> int:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+def without_gaps(weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The eight weights of a layer where it has all its biases or none: one that is missing beside others is zero."""
+    biases = (2, 3) if weights[4] is None else (2, 3, 6, 7)
+    filled = list(weights)
+    if any(weights[i] is not None for i in biases):
+        for i in biases:
+            matrix = weights[i // 4 * 4]
+            if filled[i] is None and matrix is not None:
+                filled[i] = matrix.new_zeros(matrix.size(0))
+    return filled
+
+
+def check_weights(input: Tensor, hx: Tensor, weights: Sequence[Tensor | None]) -> None:
+    """For kernels that go by sizes alone.
+
+    Raises:
+        RuntimeError: a weight of another shape than input [..., I] and hx [D, B, H] ask for.
+    """
+    rows = 3 * hx.size(2)
+    shapes = ((rows, input.size(-1)), (rows, hx.size(2)), (rows,), (rows,))
+    for i, weight in enumerate(weights):
+        if weight is not None and weight.shape != shapes[i % 4]:
+            raise RuntimeError(f"expected a weight or bias of shape {list(shapes[i % 4])}, got {list(weight.shape)}")
 
 
 def step_sizes(input: Tensor, hx: Tensor, batch_sizes: Tensor | None) -> list[int]:
@@ -90,7 +115,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
     """Output, h_n and, for each direction, (r, z, n, g_n) as [N, H]. Every operation is differentiable by autograd."""
     sizes = step_sizes(input, hx, batch_sizes)
-    x = _wide(input).reshape(-1, input.size(-1))
+    x = _wide(input).flatten(0, -2)
     batch, hidden = hx.size(1), hx.size(2)
     outputs, states, gates = [], [], []
     for direction, (w_ih, w_hh, b_ih, b_hh) in enumerate(_directions(*weights)):
@@ -112,8 +137,10 @@ def _forward(
         outputs.append(output)
         states.append(h)
         gates.append(tuple(saved))
-    output = torch.cat(outputs, dim=1).to(input.dtype)
-    return output.reshape(*input.shape[:-1], output.size(1)), torch.stack(states).to(input.dtype), gates
+    # No views, which autograd would not let a caller overwrite.
+    output = torch.cat([piece.view(*input.shape[:-1], hidden) for piece in outputs], dim=-1)
+    h_n = torch.cat([state.unsqueeze(0) for state in states])
+    return output.to(input.dtype), h_n.to(input.dtype), gates
 
 
 def gru_differentiable(input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -140,7 +167,7 @@ def gru_train(input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tensor | None
     *weights, batch_sizes = weights_and_batch_sizes
     output, h_n, saved = _forward(input, hx, tuple(weights), batch_sizes)
     directions, _, hidden = hx.shape
-    rows = output.numel() // (directions * hidden)
+    rows = saved[0][0].size(0)
     # Zeros, not empty: the padding columns are part of an operator's result and must be the same at every call.
     gates = input.new_zeros(directions, rows, 4, gate_stride(hidden))
     for direction, kinds in enumerate(saved):
@@ -183,11 +210,11 @@ def gru_backward(
         weights_and_sizes = (w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, batch_sizes)
         _, _, gates = gru_train(input, hx, w_ih, w_hh, b_ih, b_hh, *weights_and_sizes)
     sizes = step_sizes(input, hx, batch_sizes)
-    x = _wide(input).reshape(-1, input.size(-1))
+    x = _wide(input).flatten(0, -2)
     directions, _, hidden = hx.shape
-    wide_output = _wide(output).reshape(-1, directions, hidden)
+    wide_output = _wide(output).reshape(x.size(0), directions, hidden)
     wide_gates = _wide(gates).view(directions, x.size(0), 4, gate_stride(hidden))[..., :hidden]
-    wide_grad = None if grad_output is None else _wide(grad_output).reshape(-1, directions, hidden)
+    wide_grad = None if grad_output is None else _wide(grad_output).reshape(x.size(0), directions, hidden)
     weights = _directions(w_ih, w_hh, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse)
 
     grad_x = torch.zeros_like(x)

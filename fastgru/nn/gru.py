@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, overload
 
 import torch
@@ -203,17 +204,7 @@ class GRU(nn.RNNBase):
         if lengths is not None or reset_mask is not None:
             return self._forward_padded(input, hx, lengths, reset_mask)
         if type(input) is Tensor and not (self.training and self.dropout) and not torch.compiler.is_compiling():
-            result = direct.gru(
-                self._parameters,
-                self._flat_weights_names,
-                input,
-                hx,
-                self.num_layers,
-                self.bidirectional,
-                self.bias,
-                self.batch_first,
-                self.save_gates,
-            )
+            result = direct.gru(self.__dict__, input, hx, self.save_gates)
             if result is not None:
                 return result
         # All that is not a plain tensor, and first the Tensor subclasses that are none of these.
@@ -324,6 +315,16 @@ class GRU(nn.RNNBase):
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(h_n, unsorted_indices)
 
+    def _check_settings(self) -> None:
+        """Of what the constructor was given, edited since, the types that nn.GRU's operator refuses."""
+        for name in ("bias", "training", "bidirectional", "batch_first"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} has to be of type bool, got {getattr(self, name)!r}")
+        if not isinstance(self.num_layers, Integral) or isinstance(self.num_layers, bool):
+            raise TypeError(f"num_layers has to be of type int, got {self.num_layers!r}")
+        if not isinstance(self.dropout, (Real, Tensor)):
+            raise TypeError(f"dropout has to be a number, got {self.dropout!r}")
+
     def _run(self, input: Tensor, hx: Tensor | None, batch: int, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         weights = self._flat_weights
         expected = (self.num_layers * (2 if self.bidirectional else 1), batch, self.hidden_size)
@@ -334,9 +335,16 @@ class GRU(nn.RNNBase):
             or input.dim() != (3 if batch_sizes is None else 2)
             or input.size(-1) != self.input_size
             or hx.shape != expected
+            or self.proj_size != 0
         ):
             # RNNBase's own checks word the error. They let a foreign dtype pass under autocast, and so do we.
             self.check_forward_args(input, hx, batch_sizes)
+        if not (
+            type(self.bias) is type(self.training) is type(self.bidirectional) is type(self.batch_first) is bool
+            and type(self.num_layers) is int
+            and type(self.dropout) is float
+        ):
+            self._check_settings()
         return ops.gru(
             input,
             hx,

@@ -34,38 +34,30 @@ def gru_cell(
     return _direct.cell(input, hx, w_ih, w_hh, b_ih, b_hh) if _may_run(input) else None
 
 
-def gru(
-    parameters: dict[str, Any],
-    names: list[str],
-    input: Tensor,
-    hx: Tensor | None,
-    num_layers: int,
-    bidirectional: bool,
-    bias: bool,
-    batch_first: bool,
-    save_gates: bool,
-) -> tuple[Tensor, Tensor] | None:
+def gru(module: dict[str, Any], input: Tensor, hx: Tensor | None, save_gates: bool) -> tuple[Tensor, Tensor] | None:
     """What ``ops.gru`` returns without dropout, or None where it has to be called.
 
     Args:
-        parameters: a module's, of which ``names`` lists the weights as nn.GRU orders them.
+        module: the ``__dict__`` of an nn.RNNBase: its settings and weights, as they are now.
         hx: zeros when None.
     """
     if not _may_run(input):
         return None
-    found = _direct.infer(parameters, names, input, hx, num_layers, bidirectional, bias, batch_first)
+    found = _direct.infer(module, input, hx)
     if found is None:
         return None
+    batch_first = module["batch_first"]
     if found is True:
         # Plain, but there is a gradient to record.
-        if bidirectional or not save_gates:
+        if module["bidirectional"] or not save_gates:
             return None
-        weights = [parameters[name] for name in names]
+        parameters = module["_parameters"]
+        weights = [parameters[name] for name in module["_flat_weights_names"]]
         if batch_first:
             input = input.transpose(0, 1)
         if hx is None:
             hx = input.new_zeros(1, input.size(1), weights[1].size(1))
-        if not bias:
+        if not module["bias"]:
             weights += (None, None)
         found = train_plainly(GRU_OPS["cpu"], input, hx, *weights)
     output, h_n = found

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -73,7 +72,7 @@ def gru(
         input, hx, weights, result_dtype = _autocast(input, hx, weights)
     device, dtype = input.device, input.dtype
     for t in (hx, *weights):
-        if t.dtype is not dtype or t.device != device:
+        if t is None or t.dtype is not dtype or t.device != device:
             _raise_unlike(input, hx, weights)
     if batch_sizes is None:
         if batch_first:
@@ -82,6 +81,18 @@ def gru(
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     directions = 2 if bidirectional else 1
     stride = directions * (4 if has_biases else 2)
+    if len(weights) != num_layers * stride:
+        raise RuntimeError(
+            f"Expected {num_layers * stride} weights and biases for num_layers={num_layers}, bidirectional="
+            f"{bidirectional} and bias={has_biases}, got {len(weights)}"
+        )
+    if has_biases:
+        width = 3 * hx.size(2)
+        for bias in (*weights[2::4], *weights[3::4]):
+            if bias.dim() != 1 or bias.size(0) != width:
+                # What torch's linear function takes for a bias: a number, [1] or [1, 3H]. Else its error.
+                weights = [t.expand(1, width).squeeze(0) if i % 4 > 1 else t for i, t in enumerate(weights)]
+                break
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     compiling = torch.compiler.is_compiling()
     # What torch.jit.trace records has to be an operator, and the same one without gradients.
@@ -125,8 +136,8 @@ def gru(
                     del arguments[6:]
             x, h_n = function.apply(ops, *arguments)
         states.append(h_n)
-        if dropout > 0 and train and layer + 1 < num_layers:
-            x = F.dropout(x, dropout, True)
+        if train and layer + 1 < num_layers and dropout != 0:
+            x = torch.dropout(x, dropout, True)
     h_n = states[0] if num_layers == 1 else torch.cat(states)
     if batch_first and batch_sizes is None:
         x = x.transpose(0, 1)
@@ -136,25 +147,33 @@ def gru(
 
 
 def gru_cell(input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
-    """One GRU step: the state after ``hx`` [B, H] has seen ``input`` [B, I].
+    """One GRU step: the state after ``hx`` [B, H] has seen ``input`` [B, I]. A bias that is None is zero.
 
     Raises:
+        TypeError: a weight that is None.
         RuntimeError: sizes that do not fit each other or the weights; different dtypes or devices.
         BackendUnavailable: the backend asked for cannot run this.
     """
+    if w_ih is None or w_hh is None:
+        raise TypeError(f"{'weight_ih' if w_ih is None else 'weight_hh'} has to be a tensor, got None")
     if input.size(1) != w_ih.size(1):
         raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {w_ih.size(1)}")
     if input.size(0) != hx.size(0):
         raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden0 batch size {hx.size(0)}")
     if hx.size(1) != w_hh.size(1):
         raise RuntimeError(f"hidden0 has inconsistent hidden_size: got {hx.size(1)}, expected {w_hh.size(1)}")
-    weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
+    weights = [w_ih, w_hh]
+    if b_ih is not None or b_hh is not None:
+        weights += [w_ih.new_zeros(w_ih.size(0)) if bias is None else bias for bias in (b_ih, b_hh)]
     _, h_n = gru(input.unsqueeze(0), hx.unsqueeze(0), weights, len(weights) == 4, 1, 0.0, False, False, False)
     return h_n.squeeze(0)
 
 
 def _raise_unlike(input: Tensor, hx: Tensor, weights: Sequence[Tensor]) -> NoReturn:
-    """nn.GRU leaves the check of devices and dtypes to its kernels; these are their messages."""
+    """nn.GRU leaves the check of weights, devices and dtypes to its kernels; these are their messages."""
+    for i, weight in enumerate(weights):
+        if weight is None:
+            raise TypeError(f"expected a tensor as weight {i} of {len(weights)}, got None")
     for kind, t in [("hidden", hx), *(("parameter", weight) for weight in weights)]:
         if t.device != input.device:
             raise RuntimeError(
@@ -186,6 +205,7 @@ def _autocast(
     else:
         result = torch.promote_types(hx.dtype, dtype) if device == "cpu" else dtype
     input, hx, *weights = (
-        t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in (input, hx, *weights)
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t
+        for t in (input, hx, *weights)
     )
     return input, hx, weights, result

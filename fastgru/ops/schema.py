@@ -11,6 +11,7 @@ traced, without it. The ``triton_*`` operators load Triton when they are first c
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,17 +43,18 @@ class GruOps(NamedTuple):
 
 def _fake_infer(input: Tensor, hx: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
     directions, _, hidden = hx.shape
+    reference.check_weights(input, hx, rest[:8])
     return input.new_empty(*input.shape[:-1], directions * hidden), input.new_empty(hx.shape)
 
 
 def _fake_train(input: Tensor, hx: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    output, h_n = _fake_infer(input, hx)
+    output, h_n = _fake_infer(input, hx, *rest)
     rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
     return output, h_n, input.new_empty(hx.shape[0], rows, 4 * reference.gate_stride(hx.shape[2]))
 
 
 def _fake_train_without_gates(input: Tensor, hx: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return *_fake_infer(input, hx), input.new_empty(0)
+    return *_fake_infer(input, hx, *rest), input.new_empty(0)
 
 
 def _fake_backward(
@@ -77,12 +79,88 @@ def _fake_backward(
 def _save_train(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*inputs, output[0], output[2])
+    ctx.version = output[0]._version
+    ctx.save_for_backward(*_own_state(ctx.needs_input_grad, inputs), *inputs, output[0], output[2])
 
 
 def _save_infer(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
+    ctx.version = output[0]._version
     ctx.save_for_backward(*inputs, output[0])
+
+
+def _own_state(need: tuple[bool, ...], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """A copy of hx where no recurrent weight needs a gradient: nn.GRU does not keep hx then, and it may be overwritten,
+    but the kernels read it."""
+    hx = inputs[1]
+    return () if hx is None or any(need[3::4]) else (hx.clone(),)
+
+
+class _SavedOutput:
+    """Hooks of a saved output that may have been overwritten."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.overwritten = False
+        self.tensor: Tensor | None = None
+
+    def pack(self, output: Tensor) -> None:
+        self.tensor = output
+        self.overwritten = output._version != self.version
+
+    def unpack(self, _: None) -> Tensor | None:
+        if not self.overwritten and self.tensor is not None and self.tensor._version != self.version:
+            raise RuntimeError(_OVERWRITTEN.format("the output of a GRU, between two backward passes"))
+        return self.tensor
+
+
+_OVERWRITTEN = "one of the variables needed for gradient computation has been modified by an inplace operation: {}"
+
+
+def _unpack_unread(tensor: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        raise RuntimeError(_OVERWRITTEN.format("an argument of a GRU of which the second derivative is wanted"))
+    return tensor
+
+
+def _despite_overwriting(
+    ctx: Any, ops: GruOps, need: Sequence[bool], gates: bool, error: RuntimeError
+) -> tuple[Tensor | None, ...]:
+    """``ctx.saved_tensors`` where that raised ``error``, if what was overwritten is what nn.GRU on a CPU lets one
+    overwrite: the output, which is then computed again, or what this backward pass does not read.
+
+    Args:
+        need: of each input whether its gradient is needed.
+        gates: whether the gates were saved: without them backward reads every input.
+
+    Raises:
+        RuntimeError: torch's, for anything else.
+    """
+    output = _SavedOutput(getattr(ctx, "version", 0))
+    try:
+        raw = ctx._raw_saved_tensors
+        at = len(raw) - (2 if gates else 1)
+        # A tensor with hooks is not checked any more.
+        raw[at].register_hooks(output.pack, output.unpack)
+    except (RuntimeError, AttributeError):
+        raise error from None  # the graph is gone, or it has them from the last time; AttributeError: another torch
+    first = at - len(need)
+    if not output.overwritten and gates and not torch.is_grad_enabled():
+        assert output.tensor is not None
+        one_step = output.tensor.dim() == 3 and output.tensor.size(0) == 1
+        read = [any(need[2::4]), any(need[3::4]), need[0], need[1] or not one_step, False, False]
+        # The reverse direction's weights come after the forward direction's; batch_sizes, the eleventh, is always read.
+        for wanted, saved in zip((read + read[2:]), raw[first:at], strict=False):
+            if not wanted:
+                with contextlib.suppress(RuntimeError):  # None takes no hooks
+                    saved.register_hooks(lambda tensor: tensor, _unpack_unread)
+    tensors = list(ctx.saved_tensors)
+    if output.overwritten:
+        output.tensor = None  # until there is the right one
+        inputs = tensors[first:at]
+        with torch.no_grad():
+            tensors[at] = output.tensor = call(ops.infer, *inputs, *_NO_TENSORS[len(inputs) :])[0]
+    return tuple(tensors)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -125,18 +203,34 @@ def _run_backward(
 
 def _train_backward(ops: GruOps) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, output, gates = ctx.saved_tensors
-        return _run_backward(ops, ctx.needs_input_grad[:10], grads, tuple(inputs), output, gates)
+        need = ctx.needs_input_grad[:11]
+        try:
+            *inputs, output, gates = ctx.saved_tensors
+        except RuntimeError as error:
+            *inputs, output, gates = _despite_overwriting(ctx, ops, need, True, error)
+        if len(inputs) > len(need):
+            inputs = _with_own_state(inputs)
+        return _run_backward(ops, need[:10], grads, tuple(inputs), output, gates)
 
     return backward
 
 
 def _infer_backward(ops: GruOps) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, output = ctx.saved_tensors
-        return _run_backward(ops, ctx.needs_input_grad[:10], grads, tuple(inputs), output, None)
+        need = ctx.needs_input_grad[:11]
+        try:
+            *inputs, output = ctx.saved_tensors
+        except RuntimeError as error:
+            *inputs, output = _despite_overwriting(ctx, ops, need, False, error)
+        return _run_backward(ops, need[:10], grads, tuple(inputs), output, None)
 
     return backward
+
+
+def _with_own_state(saved: list[Tensor | None]) -> list[Tensor | None]:
+    """The inputs, of what was saved with _own_state before them. A second derivative needs hx itself."""
+    own, input, hx, *weights = saved
+    return [input, hx if torch.is_grad_enabled() else own, *weights]
 
 
 class TrainFunction(torch.autograd.Function):
@@ -149,16 +243,28 @@ class TrainFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ops: GruOps, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         found = _lib.direct.train(*inputs) if _may_be_direct(ops, inputs) else None
-        output, h_n, gates = call(ops.train, *inputs, *_NO_TENSORS[len(inputs) :]) if found is None else found
+        if found is None:
+            found = call(ops.train, *inputs, *_NO_TENSORS[len(inputs) :])
+            if found[0]._version:  # as a rule it is 0
+                ctx.version = found[0]._version
+        output, h_n, gates = found
         ctx.set_materialize_grads(False)
         ctx.ops = ops
-        ctx.save_for_backward(*inputs, output, gates)
+        if any(ctx.needs_input_grad[4::4]):
+            ctx.save_for_backward(*inputs, output, gates)
+        else:
+            ctx.save_for_backward(*_own_state((), inputs), *inputs, output, gates)
         return output, h_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, output, gates = ctx.saved_tensors
         _, *need = ctx.needs_input_grad
+        try:
+            *inputs, output, gates = ctx.saved_tensors
+        except RuntimeError as error:
+            *inputs, output, gates = _despite_overwriting(ctx, ctx.ops, need, True, error)
+        if len(inputs) > len(need):
+            inputs = _with_own_state(inputs)
         if _may_be_direct(ctx.ops, inputs) and not torch.is_grad_enabled():
             found = _lib.direct.backward(*grads, *inputs, output, gates, need[0], any(need[2:]))
             if found is not None:
@@ -181,15 +287,22 @@ class KeptGraphFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.ops, ctx.graph = ops, (outputs, leaves)
         output, h_n = (t.detach() for t in outputs)
+        ctx.version = output._version
         ctx.save_for_backward(*inputs, output)
         return output, h_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, output = ctx.saved_tensors
-        need = ctx.needs_input_grad[1:11]
-        if torch.is_grad_enabled():
-            # Torch's operator cannot be differentiated twice; the backward operator can.
+        need = ctx.needs_input_grad[1:]
+        try:
+            *inputs, output = ctx.saved_tensors
+        except RuntimeError as error:
+            *inputs, output = _despite_overwriting(ctx, ctx.ops, need, False, error)
+            ctx.graph = None
+        need = need[:10]
+        if ctx.graph is None or torch.is_grad_enabled():
+            # Torch's operator cannot be differentiated twice, nor after its output was overwritten; the backward
+            # operator can.
             return None, *_run_backward(ctx.ops, need, grads, tuple(inputs), output, None)
         outputs, leaves = ctx.graph
         found = cudnn.differentiate(outputs, leaves, grads)
