@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgru.ops import flash_attention
+from fastgru.ops.attention import _tensor
 
 __all__ = [
     "flash_attn_func",
@@ -45,6 +46,7 @@ def _signature(*replaced: str) -> Callable[[Any], Any]:
 def _run(q: Tensor, k: Tensor, v: Tensor, return_attn_probs: bool, **options: Any) -> Result:
     """[B, L, H, D] in and out."""
     for name, t in (("q", q), ("k", k), ("v", v)):
+        _tensor(name, t)
         if t.dim() != 4:
             raise ValueError(f"{name} must be [B, L, H, D], got {list(t.shape)}")
     output, lse = flash_attention(
@@ -139,6 +141,9 @@ def flash_attn_varlen_func(
     Raises:
         ValueError: as :func:`fastgru.flash_attention`; cumulative lengths that do not fit.
     """
+    for name, t in (("q", q), ("k", k), ("v", v), ("block_table", block_table)):
+        if t is not None or name != "block_table":
+            _tensor(name, t)
     if q.dim() != 3:
         raise ValueError(f"q must be [total_q, Hq, D], got {list(q.shape)}")
     q_lengths = _sequence_lengths("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
@@ -244,8 +249,13 @@ def flash_attn_with_kvcache(
     if block_table is not None and (cache_batch_idx is not None or cache_leftpad is not None):
         raise ValueError("block_table excludes cache_batch_idx and cache_leftpad")
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
+        if t is not None or name not in ("k", "v"):
+            _tensor(name, t)
         if t is not None and t.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions, got {list(t.shape)}")
+    for name, t in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin), ("block_table", block_table)):
+        if t is not None:
+            _tensor(name, t)
     if k is not None and v is not None:
         for name, t, cache in (("k", k, k_cache), ("v", v, v_cache)):
             shape = (q.shape[0], k.shape[1], *cache.shape[2:])
@@ -330,6 +340,7 @@ def flash_attn_with_kvcache(
 
 def _check_range(name: str, numbers: Tensor, batch: int, most: int, why: str = "") -> None:
     """[B] integers in [0, most]; their values on the CPU only, where reading them costs nothing."""
+    _tensor(name, numbers)
     if numbers.shape != (batch,) or numbers.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be [B] = [{batch}] integers, got {list(numbers.shape)} of {numbers.dtype}")
     _check_values(name, numbers, most, why)
@@ -357,6 +368,7 @@ def _used_pages(block_table: Tensor, pages: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _check_packed(name: str, t: Tensor, dimensions: int, count: int) -> None:
+    _tensor(name, t)
     if t.dim() != dimensions or t.shape[-3] != count:
         raise ValueError(
             f"{name} must have {dimensions} dimensions, the third last of size {count}, got {list(t.shape)}"
@@ -364,6 +376,7 @@ def _check_packed(name: str, t: Tensor, dimensions: int, count: int) -> None:
 
 
 def _sequence_lengths(name: str, cu_seqlens: Tensor, total: int | None, longest: int) -> Tensor:
+    _tensor(name, cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.shape[0] < 2:
         raise ValueError(f"{name} must be [B + 1] of int32, got {list(cu_seqlens.shape)} of {cu_seqlens.dtype}")
     lengths = cu_seqlens.diff()

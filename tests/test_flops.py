@@ -101,7 +101,7 @@ def test_multihead_attention(backend: str) -> None:
     assert got == (want[0], want[1] + 2 * 3 * 2 * 5 * 5 * 4)  # the scores again
 
 
-def test_additive_attention(backend: str) -> None:
+def test_additive_attention() -> None:
     q, k, v, w = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 8), (2, 5, 8), (2, 5, 6), (8,)))
 
     def composite() -> Tensor:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
-from fastgru.backends import reference_additive
+from fastgru.backends import reference_additive, registry
+from fastgru.ops.attention import ArgumentError, _autocast, _lengths, _tensor
 from fastgru.ops.schema import LIBRARY, _grad, call
 
 _ARGUMENTS = "Tensor query, Tensor key, Tensor weight, Tensor value, Tensor? k_lengths"
@@ -76,6 +78,8 @@ def additive_attention(
 ) -> Tensor:
     """softmax over keys j of weight . tanh(query_i + key_j), times value, in memory linear in the lengths.
 
+    Runs on the backend ``reference`` alone, in plain torch on any device.
+
     Args:
         query, key: projected queries [B, Lq, H] and keys [B, Lk, H].
         value: [B, Lk, Dv].
@@ -87,31 +91,40 @@ def additive_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
+        TypeError: something that is not a dense tensor in the place of one.
         RuntimeError: lengths out of range (on the CPU).
+        BackendUnavailable: another backend was asked for by name.
     """
+    tensors = (query, key, value, weight, k_lengths)
+    if has_torch_function(tensors):
+        return handle_torch_function(additive_attention, tensors, query, key, value, weight, k_lengths=k_lengths)
     for name, t, rank in (("query", query, 3), ("key", key, 3), ("value", value, 3), ("weight", weight, 1)):
+        _tensor(name, t)
         if t.dim() != rank:
-            raise ValueError(f"{name} must have {rank} dimensions, got {list(t.shape)}")
-    device = query.device.type
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value, weight = (t.to(dtype) for t in (query, key, value, weight))
+            raise ArgumentError(f"{name} must have {rank} dimensions, got {list(t.shape)}")
+    query, key, value, weight = _autocast(query, key, value, weight)
+    if not query.is_floating_point():
+        raise ArgumentError(f"query must be floating, got {query.dtype}")
     for name, t in (("key", key), ("value", value), ("weight", weight)):
         if t.dtype is not query.dtype or t.device != query.device:
-            raise ValueError(
+            raise ArgumentError(
                 f"{name} must have query's dtype and device, {query.dtype} on {query.device}, "
                 f"got {t.dtype} on {t.device}"
             )
     (B, _, H), keys = query.shape, key.shape[1]
-    if key.shape != (B, keys, H) or value.shape[:2] != (B, keys) or weight.shape[0] != H or keys == 0:
-        raise ValueError(
-            "expected query [B, Lq, H], key [B, Lk, H] with Lk >= 1, value [B, Lk, Dv] and weight [H], got "
+    if key.shape != (B, keys, H) or value.shape[:2] != (B, keys) or weight.shape[0] != H:
+        raise ArgumentError(
+            "expected query [B, Lq, H], key [B, Lk, H], value [B, Lk, Dv] and weight [H], got "
             f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)} and {list(weight.shape)}"
         )
-    if k_lengths is not None:
-        if k_lengths.dtype not in (torch.int32, torch.int64) or k_lengths.shape != (B,):
-            raise ValueError(f"k_lengths must be [B] = [{B}] integers, got {list(k_lengths.shape)} {k_lengths.dtype}")
-        k_lengths = k_lengths.to(query.device, torch.int64)
+    k_lengths = _lengths("k_lengths", k_lengths, query)
+    backend = registry.select(query.device, query.dtype).name
+    if backend != "reference" and registry.requested() != registry.AUTO:
+        raise registry.BackendUnavailable(
+            f"backend {backend!r} has no additive attention, only 'reference' has; use_backend('auto') takes that"
+        )
+    if keys == 0:
+        return ((query * weight) @ key.mT) @ value
     arguments = (query, key, weight, value, k_lengths)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return reference_additive.additive_differentiable(*arguments)[0]

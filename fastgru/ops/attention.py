@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
+import re
 import warnings
 from typing import Any, Literal, overload
 
@@ -10,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fastgru import _lib
 from fastgru.backends import gluon, registry
@@ -22,12 +27,21 @@ from fastgru.ops.attention_schema import (
     AttentionOps,
     plain_attention_with_gradients,
 )
+from fastgru.ops.nested import from_padded, to_padded
 
 _warned: set[str] = set()
 # Tensors that no one has given a meaning of their own.
 _PLAIN = (Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
 _direct = _lib.direct
+# A window of so many keys is clipped: sums of it and a position must not overflow, in 32 bits on a GPU.
+_FAR = 1 << 30
+# What torch puts before the message of a failed check in C++.
+_PLACE_IN_SOURCE = re.compile(r"^\w+, \S+\.(cpp|h|inc):\d+, ")
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """Arguments that do not fit, for those who expect ValueError and those who expect torch's RuntimeError."""
 
 
 def _choose(arguments: tuple[Any, ...]) -> AttentionOps:
@@ -73,7 +87,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         and query.device == key.device == value.device
         and len(q) == len(k) == len(v) == 4
         and q[0] == k[0] == v[0]
-        and q[3] == k[3] > 0
+        and q[3] == k[3]
         and k[1:3] == v[1:3]
         and k[1] > 0
         and q[1] % k[1] == 0
@@ -81,28 +95,65 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         return
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 4:
-            raise ValueError(f"{name} must be [B, H, L, D], got {t.dim()} dimensions: {tuple(t.shape)}")
+            raise ArgumentError(f"{name} must be [B, H, L, D], got {t.dim()} dimensions: {tuple(t.shape)}")
         if t.dtype is not query.dtype or not t.dtype.is_floating_point:
-            raise ValueError(f"query, key and value must have one floating dtype, got {query.dtype} and {t.dtype}")
+            raise ArgumentError(f"query, key and value must have one floating dtype, got {query.dtype} and {t.dtype}")
         if t.device != query.device:
-            raise ValueError(f"query, key and value must be on one device, got {query.device} and {t.device}")
+            raise ArgumentError(f"query, key and value must be on one device, got {query.device} and {t.device}")
     B, H, _, D = query.shape
     if key.shape[0] != B or value.shape[0] != B:
-        raise ValueError(f"query, key and value must have one batch size, got {B}, {key.shape[0]} and {value.shape[0]}")
-    if key.shape[3] != D or D == 0:
-        raise ValueError(f"query and key must have one head dimension of at least 1, got {D} and {key.shape[3]}")
+        raise ArgumentError(
+            f"query, key and value must have one batch size, got {B}, {key.shape[0]} and {value.shape[0]}"
+        )
+    if key.shape[3] != D:
+        raise ArgumentError(f"query and key must have one head dimension, got {D} and {key.shape[3]}")
     if value.shape[1:3] != key.shape[1:3]:
-        raise ValueError(
+        raise ArgumentError(
             f"key and value must have the same heads and length, got {tuple(key.shape)} and {tuple(value.shape)}"
         )
     heads = key.shape[1]
-    if heads == 0 or H % heads != 0:
-        raise ValueError(f"the {H} heads of query must be a multiple of the {heads} heads of key")
+    if heads != H and (heads == 0 or H % heads != 0):
+        raise ArgumentError(f"the {H} heads of query must be a multiple of the {heads} heads of key")
 
 
 def _tensor(name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.is_nested or t.layout is not torch.strided:
+        kind = "a nested one" if t.is_nested else f"one of layout {t.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+
+
+def _number(name: str, value: Any) -> float:
+    """A number of Python. A tensor's gradient would be lost."""
+    if type(value) in (float, int):
+        return value  # type: ignore[no-any-return]
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise TypeError(f"{name} must be a number, got a tensor of shape {list(value.shape)} and {value.dtype}")
+        tangent = forward_ad.unpack_dual(value).tangent if forward_ad._current_level >= 0 else None
+        if tangent is not None or (value.requires_grad and torch.is_grad_enabled()):
+            raise TypeError(f"{name} must be a number, got a tensor that requires a gradient, which is not computed")
+    elif not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def _window(window: Any, query: Tensor, key: Tensor) -> tuple[int, int]:
+    """Keys to the left and to the right, -1 for no bound."""
+    sizes = []
+    try:
+        for size in window:
+            whole = None if isinstance(size, bool) else operator.index(size)
+            if whole is None or whole < -1:
+                raise TypeError
+            if whole >= _FAR:
+                whole = -1 if whole >= query.shape[2] + key.shape[2] else min(whole, 1 << 62)
+            sizes.append(whole)
+        left, right = sizes
+    except (TypeError, ValueError):
+        raise ArgumentError(f"window must be two whole numbers of keys, or -1 for no bound, got {window}") from None
+    return left, right
 
 
 def _broadcastable(name: str, t: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -110,10 +161,10 @@ def _broadcastable(name: str, t: Tensor, query: Tensor, key: Tensor) -> Tensor:
     _tensor(name, t)
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     if t.device != query.device:
-        raise ValueError(f"{name} must be on {query.device}, got {t.device}")
+        raise ArgumentError(f"{name} must be on {query.device}, got {t.device}")
     shape = (1,) * (4 - t.dim()) + tuple(t.shape)
     if len(shape) != 4 or any(size not in (1, whole) for size, whole in zip(shape, full, strict=True)):
-        raise ValueError(f"{name} must be broadcastable to [B, Hq, Lq, Lk] = {list(full)}, got {list(t.shape)}")
+        raise ArgumentError(f"{name} must be broadcastable to [B, Hq, Lq, Lk] = {list(full)}, got {list(t.shape)}")
     return t[(None,) * (4 - t.dim())]
 
 
@@ -122,9 +173,9 @@ def _lengths(name: str, lengths: Tensor | None, query: Tensor) -> Tensor | None:
         return None
     _tensor(name, lengths)
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype is torch.bool:
-        raise ValueError(f"{name} must be integers, got {lengths.dtype}")
+        raise ArgumentError(f"{name} must be integers, got {lengths.dtype}")
     if lengths.shape != query.shape[:1]:
-        raise ValueError(f"{name} must have shape [B] = [{query.shape[0]}], got {list(lengths.shape)}")
+        raise ArgumentError(f"{name} must have shape [B] = [{query.shape[0]}], got {list(lengths.shape)}")
     return lengths.to(query.device, torch.int64)
 
 
@@ -132,14 +183,20 @@ def _run(ops: AttentionOps, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         output, lse, _ = ops.forward(*arguments)
         return output, lse
-    if torch.is_grad_enabled():
-        q, k, v, bias = arguments[:4]
-        if q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad):
-            return AttentionFunction.apply(ops, arguments[TENSORS:], *arguments[:TENSORS])  # type: ignore[no-any-return, no-untyped-call]
-    # No gradient to record: below autograd, whose way through Python is longer than a small problem.
-    with torch._C._AutoDispatchBelowAutograd():
-        output, lse, _ = ops.forward(*arguments)
-    return output, lse
+    try:
+        if torch.is_grad_enabled():
+            q, k, v, bias = arguments[:4]
+            if q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad):
+                return AttentionFunction.apply(ops, arguments[TENSORS:], *arguments[:TENSORS])  # type: ignore[no-any-return, no-untyped-call]
+        # No gradient to record: below autograd, whose way through Python is longer than a small problem.
+        with torch._C._AutoDispatchBelowAutograd():
+            output, lse, _ = ops.forward(*arguments)
+        return output, lse
+    except RuntimeError as error:
+        message = _PLACE_IN_SOURCE.sub("", str(error))
+        if message == str(error):
+            raise
+        raise ArgumentError(message) from None
 
 
 def _at_once(
@@ -168,6 +225,7 @@ def _at_once(
                 return output  # type: ignore[no-any-return]
     if (
         not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
+        or torch._C._len_torch_function_stack()
         or not (query.is_cpu and query.dim() == 4)
         or not (mask is None or (type(mask) is Tensor and mask.dtype is torch.bool))
         or torch._C._is_any_autocast_enabled()
@@ -187,10 +245,12 @@ def _at_once(
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As torch's operators take them: in the dtype of autocast, but for float64, which stays."""
     device = tensors[0].device.type
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
         return tensors
-    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors)
 
 
 @overload
@@ -265,7 +325,7 @@ def flash_attention(
         query: [B, Hq, Lq, D]. Any strides; float32, float64, bfloat16 or float16.
         key, value: [B, Hk, Lk, D] and [B, Hk, Lk, Dv].
         attn_mask: broadcastable to [B, Hq, Lq, Lk]. bool: True may be seen. Floating: added to the scores;
-            -inf hides, as False does.
+            -inf hides, as False does. Or a causal bias of torch.nn.attention.bias.
         bias: floating, broadcastable likewise, added to the scores. Has a gradient, as a floating attn_mask has.
         dropout_p: probability in [0, 1] of dropping a weight. Its seed comes from torch's generator.
         causal: no query sees a key beyond its diagonal.
@@ -287,14 +347,21 @@ def flash_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit.
-        TypeError: something that is not a tensor in the place of one.
+        TypeError: something that is not a dense tensor in the place of one, or a tensor that requires a gradient in the
+            place of a number or of ``alibi_slopes``.
         RuntimeError: lengths out of range (on the CPU; on a GPU they are clamped).
         BackendUnavailable: the backend asked for cannot run this.
     """
+    if scale is not None and type(scale) is not float:
+        scale = _number("scale", scale)
+    if type(dropout_p) is not float or type(softcap) is not float:
+        dropout_p, softcap = _number("dropout_p", dropout_p), _number("softcap", softcap)
+    causal = causal is True or bool(causal)
     if (
         bias is None
         and dropout_p == 0
         and causal_align in ("bottom_right", "top_left")
+        and type(window) is tuple
         and window == (-1, -1)
         and softcap == 0
         and alibi_slopes is None
@@ -305,24 +372,47 @@ def flash_attention(
         output = _at_once(query, key, value, attn_mask, scale, causal, causal_align == "bottom_right", enable_gqa)
         if output is not None:
             return output
-    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
-        for name, t in (("query", query), ("key", key), ("value", value)):
+    attn_mask, bias = (as_mask(t, query) if isinstance(t, CausalBias) else t for t in (attn_mask, bias))
+    tensors = (query, key, value, attn_mask, bias, alibi_slopes, q_lengths, k_lengths)
+    if has_torch_function(tensors):
+        function: Any = flash_attention
+        return handle_torch_function(  # type: ignore[no-any-return]
+            function,
+            tensors,
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            bias=bias,
+            dropout_p=dropout_p,
+            causal=causal,
+            causal_align=causal_align,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            q_lengths=q_lengths,
+            k_lengths=k_lengths,
+            deterministic=deterministic,
+            return_lse=return_lse,
+        )
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor) or t.is_nested or t.layout is not torch.strided:
             _tensor(name, t)
     query, key, value = _autocast(query, key, value)
     _check_tensors(query, key, value)
     if not enable_gqa and key.shape[1] != query.shape[1]:
-        raise ValueError(
+        raise ArgumentError(
             f"query has {query.shape[1]} heads and key {key.shape[1]}: pass enable_gqa=True to share key heads"
         )
     if causal_align not in ("bottom_right", "top_left"):
-        raise ValueError(f"causal_align must be 'bottom_right' or 'top_left', got {causal_align!r}")
+        raise ArgumentError(f"causal_align must be 'bottom_right' or 'top_left', got {causal_align!r}")
     if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    if softcap < 0:
-        raise ValueError(f"softcap must not be negative, got {softcap}")
-    if len(window) != 2 or any(isinstance(w, float) or w is None or w < -1 for w in window):
-        raise ValueError(f"window must be two whole numbers of keys, or -1 for no bound, got {tuple(window)}")
-    left, right = window
+        raise ArgumentError(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
+    if not 0 <= softcap < math.inf:
+        raise ArgumentError(f"softcap must be finite and not negative, got {softcap}")
+    left, right = _window(window, query, key)
     if causal:
         right = 0
     mask = None
@@ -331,23 +421,30 @@ def flash_attention(
         if attn_mask.dtype is torch.bool:
             mask = attn_mask
         elif not attn_mask.dtype.is_floating_point:
-            raise ValueError(f"attn_mask must be bool or floating, got {attn_mask.dtype}")
+            raise ArgumentError(f"attn_mask must be bool or floating, got {attn_mask.dtype}")
     if bias is not None:
         bias = _broadcastable("bias", bias, query, key)
         if not bias.dtype.is_floating_point:
-            raise ValueError(f"bias must be floating, got {bias.dtype}")
+            raise ArgumentError(f"bias must be floating, got {bias.dtype}")
     if attn_mask is not None and mask is None:
         bias = attn_mask if bias is None else attn_mask + bias
     if bias is not None:
         bias = bias.to(query.dtype)
     if alibi_slopes is not None:
         _tensor("alibi_slopes", alibi_slopes)
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise TypeError("alibi_slopes has no gradient: detach it, or pass what it stands for as bias")
         if alibi_slopes.shape not in ((query.shape[1],), (query.shape[0], query.shape[1])):
-            raise ValueError(
+            raise ArgumentError(
                 f"alibi_slopes must be [Hq] = [{query.shape[1]}] or [B, Hq], got {list(alibi_slopes.shape)}"
             )
         wide = torch.float64 if query.dtype is torch.float64 else torch.float32
-        alibi_slopes = alibi_slopes.detach().to(query.device, wide).view(-1, query.shape[1])
+        alibi_slopes = alibi_slopes.detach().to(query.device, wide)
+        alibi_slopes = alibi_slopes.unsqueeze(0) if alibi_slopes.dim() == 1 else alibi_slopes
+    if query.shape[3] == 0:
+        # A column of zeros: every score is 0, whatever the scale.
+        query, key = F.pad(query, (0, 1)), F.pad(key, (0, 1))
+        scale = 1.0
     seed, everything = None, dropout_p == 1
     if everything:
         dropout_p = 0.0
@@ -370,7 +467,10 @@ def flash_attention(
         right,
         causal_align == "bottom_right",
     )
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if query.shape[1] == 0:
+        scores = query @ key[:, :0].mT
+        output, lse = scores @ value[:, :0], scores.sum(-1)
+    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         output, lse = attention_differentiable(*arguments)
     else:
         output, lse = _run(_choose(arguments), arguments)
@@ -394,25 +494,65 @@ def scaled_dot_product_attention(
 
     Args:
         query: [..., L, E]; [..., H, L, E] with ``enable_gqa``.
-        key, value: [..., S, E] and [..., S, Ev]. Leading sizes are broadcast, heads only without ``enable_gqa``.
-        attn_mask: broadcastable to [..., L, S]: bool, True may be seen, or floating, added to the scores.
+        key, value: [..., S, E] and [..., S, Ev]. Leading sizes are broadcast, heads only without ``enable_gqa``. All
+            three may be nested tensors, of either layout, with ragged L and S: they are padded for the computation.
+        attn_mask: broadcastable to [..., L, S]: bool, True may be seen, or floating, added to the scores. Or a causal
+            bias of torch.nn.attention.bias.
         is_causal: a query sees the keys up to its own index (the diagonal starts at the top left).
 
     Returns:
         [..., L, Ev].
 
     Raises:
-        RuntimeError: both attn_mask and is_causal.
-        ValueError: as :func:`flash_attention`.
+        RuntimeError: as torch, also where :func:`flash_attention` raises ValueError; both attn_mask and is_causal.
+        TypeError: as :func:`flash_attention`.
     """
     if attn_mask is not None and is_causal:
-        raise RuntimeError("scaled_dot_product_attention: attn_mask and is_causal must not both be set")
+        if isinstance(attn_mask, CausalBias):
+            raise ValueError("CausalBias should not be used with causal=True")
+        raise RuntimeError(
+            "scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True, got both"
+        )
+    if scale is not None and type(scale) is not float:
+        scale = _number("scale", scale)
+    if type(dropout_p) is not float:
+        dropout_p = _number("dropout_p", dropout_p)
+    is_causal = is_causal is True or bool(is_causal)
     if dropout_p == 0:
         output = _at_once(query, key, value, attn_mask, scale, is_causal, False, enable_gqa)
         if output is not None:
             return output
+    options = dropout_p, is_causal, scale, enable_gqa
+    if isinstance(attn_mask, CausalBias):
+        return _causal_attention(query, key, value, attn_mask, *options)
+    for name, t in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if not isinstance(t, Tensor) and not (t is None and name == "attn_mask"):
+            raise TypeError(f"scaled_dot_product_attention(): argument '{name}' must be Tensor, not {type(t).__name__}")
+    tensors = (query, key, value, attn_mask)
+    if has_torch_function(tensors):
+        return handle_torch_function(scaled_dot_product_attention, tensors, *tensors, *options)
+    if query.is_nested or key.is_nested or value.is_nested:
+        return _nested_attention(query, key, value, attn_mask, *options)
+    query, key, value = _autocast(query, key, value)
+    for word, what in (("dtype", "dtype"), ("device", "device type")):
+        q, k, v = (getattr(t, word) for t in (query, key, value))
+        if not q == k == v:
+            raise ArgumentError(
+                f"Expected query, key, and value to have the same {what}, but got query.{word}: {q} key.{word}: {k} "
+                f"and value.{word}: {v} instead."
+            )
+    if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
+        raise ArgumentError(
+            f"Expected query, key, and value to all be at least 2 dimensional, but got query.dim: {query.dim()} "
+            f"key.dim: {key.dim()} and value.dim: {value.dim()} instead."
+        )
+    if attn_mask is not None and attn_mask.dtype is not torch.bool and not attn_mask.is_floating_point():
+        raise ArgumentError(
+            "Expected attn_mask dtype to be bool or float or to match query dtype, but got attn_mask.dtype: "
+            f"{attn_mask.dtype} and query.dtype: {query.dtype} instead."
+        )
     if not query.dim() == key.dim() == value.dim() == 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
-        return _broadcast_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return _broadcast_attention(query, key, value, attn_mask, *options)
     return flash_attention(
         query,
         key,
@@ -423,6 +563,61 @@ def scaled_dot_product_attention(
         causal_align="top_left",
         scale=scale,
     )
+
+
+def as_mask(bias: CausalBias, query: Tensor) -> Tensor:
+    """The mask [L, S] that a causal bias stands for, True may be seen. Its own memory holds nothing."""
+    offset = bias.seq_len_kv - bias.seq_len_q if bias.variant is CausalVariant.LOWER_RIGHT else 0
+    return torch.ones(bias.seq_len_q, bias.seq_len_kv, dtype=torch.bool, device=query.device).tril(offset)
+
+
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, bias: CausalBias, *options: Any) -> Tensor:
+    """scaled_dot_product_attention with a causal bias."""
+    if bias.variant is CausalVariant.UPPER_LEFT or bias.seq_len_q == bias.seq_len_kv:
+        # Whatever the lengths, as torch.
+        dropout_p, _, scale, enable_gqa = options
+        return scaled_dot_product_attention(query, key, value, None, dropout_p, True, scale, enable_gqa)
+    return scaled_dot_product_attention(query, key, value, as_mask(bias, query), *options)
+
+
+def _nested_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """scaled_dot_product_attention of nested tensors."""
+    if not (query.is_nested and key.is_nested and value.is_nested) or attn_mask is not None:
+        raise ArgumentError(
+            "query, key and value must all be nested tensors or none, and nested ones take no attn_mask"
+        )
+    (q, q_lengths), (k, k_lengths), (v, v_lengths) = (
+        to_padded(name, t, -2) for name, t in (("query", query), ("key", key), ("value", value))
+    )
+    if len(q_lengths) != len(k_lengths) or not torch.equal(k_lengths, v_lengths):
+        raise ArgumentError(
+            "nested query, key and value must have as many sequences, and key and value of the same lengths, got "
+            f"{q_lengths.tolist()}, {k_lengths.tolist()} and {v_lengths.tolist()}"
+        )
+    if q.dim() == 3:
+        q, k, v = (t.unsqueeze(1) for t in (q, k, v))
+    output = flash_attention(
+        q,
+        k,
+        v,
+        dropout_p=dropout_p,
+        causal=is_causal,
+        causal_align="top_left",
+        scale=scale,
+        enable_gqa=enable_gqa,
+        q_lengths=q_lengths,
+        k_lengths=k_lengths,
+    )
+    return from_padded(output if query.dim() == 4 else output.squeeze(1), query, q_lengths, -2)
 
 
 def _broadcast_attention(
@@ -439,11 +634,11 @@ def _broadcast_attention(
     tensors = {"query": query, "key": key, "value": value}
     for name, t in tensors.items():
         if t.dim() < (3 if enable_gqa else 2):
-            raise ValueError(f"{name} must have at least {3 if enable_gqa else 2} dimensions, got {list(t.shape)}")
+            raise ArgumentError(f"{name} must have at least {3 if enable_gqa else 2} dimensions, got {list(t.shape)}")
     if enable_gqa and key.shape[-3] != value.shape[-3]:
         heads = query.shape[-3]
         if any(t.shape[-3] == 0 or heads % t.shape[-3] for t in (key, value)):
-            raise ValueError(
+            raise ArgumentError(
                 f"the {heads} heads of query must be a multiple of the {key.shape[-3]} heads of key and of the "
                 f"{value.shape[-3]} of value"
             )
@@ -454,7 +649,7 @@ def _broadcast_attention(
         lead = torch.broadcast_shapes(*(t.shape[:-kept] for t in (query, key, value)))
     except RuntimeError:
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items())
-        raise ValueError(f"the leading sizes must fit each other, got {shapes}") from None
+        raise ArgumentError(f"the leading sizes must fit each other, got {shapes}") from None
     query, key, value = (t.expand(*lead, *t.shape[-kept:]) for t in (query, key, value))
     lead = query.shape[:-2]
 
@@ -462,7 +657,12 @@ def _broadcast_attention(
         return t.flatten(0, -4) if t.dim() > 4 else t[(None,) * (4 - t.dim())]
 
     if attn_mask is not None and query.dim() > 4:
-        attn_mask = four(attn_mask.expand(*lead, *attn_mask.shape[-2:]))
+        try:
+            attn_mask = four(attn_mask.expand(*lead, *attn_mask.shape[-2:]))
+        except RuntimeError:
+            raise ArgumentError(
+                f"attn_mask must be broadcastable to {[*lead, key.shape[-2]]}, got {list(attn_mask.shape)}"
+            ) from None
     output = flash_attention(
         four(query),
         four(key),
@@ -497,6 +697,7 @@ def attention_weights(
     if mask is not None and mask.dtype is torch.bool:
         scores = scores.masked_fill(~mask, -torch.inf)
     elif mask is not None:
+        mask = mask.to(scores.dtype)
         scores = (scores + mask).masked_fill(mask == -torch.inf, -torch.inf)
     hidden = scores == -torch.inf
     empty = hidden.all(-1, keepdim=True)
