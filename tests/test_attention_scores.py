@@ -205,3 +205,17 @@ def test_log_sums_of_large_scores(engine: str) -> None:
         _, lse = fastgru.flash_attention(query, key, value, return_lse=True)
         want = (query.double() @ key.double().mT / 4).logsumexp(-1)
         torch.testing.assert_close(lse.double(), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e6, 1e12, 1e30], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_additive_scores_of_any_size(size: float, dtype: torch.dtype) -> None:
+    """Equal keys have equal scores, up to their rounding; weights sum to 1 in both passes."""
+    query, key, value = torch.randn(2, 3, 8), torch.randn(2, 1, 8).expand(2, 5, 8), torch.randn(2, 1, 4).expand(2, 5, 4)
+    leaves = [t.to(dtype).requires_grad_() for t in (query, key, value, size * torch.rand(8))]
+    output = fastgru.additive_attention(*leaves)
+    seed = torch.randn_like(output)
+    _, d_key, d_value, _ = torch.autograd.grad(output, leaves, seed)
+    torch.testing.assert_close(output, leaves[2][:, :1].expand_as(output), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(d_value.sum(1), seed.sum(1), rtol=1e-5, atol=1e-5)
+    assert d_key.isfinite().all()

@@ -1,6 +1,6 @@
 """Additive attention in plain torch, a piece of the scores at a time.
 
-    s_ij = weight . tanh(q_i + k_j), -inf for j >= k_length      p = softmax_j(s)      o_i = sum_j p_ij v_j
+    s_ij = weight . tanh(q_i + k_j), -inf for j >= k_length    p_ij = exp(s_ij - m_i) / l_i    o_i = sum_j p_ij v_j
 
 Backward, with delta_i = do_i . o_i and t_ij = tanh(q_i + k_j):
 
@@ -8,7 +8,7 @@ Backward, with delta_i = do_i . o_i and t_ij = tanh(q_i + k_j):
     dq_i = sum_j dz_ij    dk_j = sum_i dz_ij    dweight = sum_ij ds_ij t_ij    dv_j = sum_i p_ij do_i
 
 t [B, Lq, Lk, H] never exists as a whole: a piece of it is computed, used and dropped, again in the backward pass, which
-needs only o and lse_i = log sum_j exp(s_ij). A sequence without keys gives 0, lse -inf and no gradient.
+needs only o, m_i = max_j s_ij and l_i = sum_j exp(s_ij - m_i). A sequence without keys gives 0 and no gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastgru.backends.reference import _wide, outside_autocast
-from fastgru.backends.reference_attention import check_lengths, log_sum, softmax
+from fastgru.backends.reference_attention import check_lengths, softmax
 
 # Elements of t, and of s, held at once.
 _PIECE = 1 << 22
@@ -37,9 +37,8 @@ def _hidden(k_lengths: Tensor | None, keys: int) -> Tensor | None:
     return torch.arange(keys, device=k_lengths.device) >= k_lengths.view(-1, 1, 1)
 
 
-def _softmax(scores: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-    weights, top, total = softmax(scores if hidden is None else scores.masked_fill(hidden, -torch.inf))
-    return weights, log_sum(top, total)
+def _softmax(scores: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return softmax(scores if hidden is None else scores.masked_fill(hidden, -torch.inf))
 
 
 def _shown(value: Tensor, hidden: Tensor | None) -> Tensor:
@@ -59,7 +58,7 @@ def _scores(query: Tensor, key: Tensor, weight: Tensor) -> Tensor:
 @outside_autocast
 def additive_differentiable(
     query: Tensor, key: Tensor, weight: Tensor, value: Tensor, k_lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Additive attention as a composite of torch operators; t exists as a whole.
 
     Args:
@@ -69,13 +68,13 @@ def additive_differentiable(
         k_lengths: int64 [B].
 
     Returns:
-        output [B, Lq, Dv] and lse [B, Lq].
+        [B, Lq, Dv].
     """
     hidden = _hidden(k_lengths, key.size(1))
     shown = _shown(_wide(key), hidden)
     scores = torch.tanh(_wide(query).unsqueeze(2) + shown.unsqueeze(1)) @ _wide(weight)
-    weights, lse = _softmax(scores, hidden)
-    return (weights @ _shown(_wide(value), hidden)).to(query.dtype), lse.squeeze(-1)
+    weights, _, _ = _softmax(scores, hidden)
+    return (weights @ _shown(_wide(value), hidden)).to(query.dtype)
 
 
 def _row_pieces(query: Tensor, key: Tensor) -> Iterator[slice]:
@@ -87,7 +86,7 @@ def _row_pieces(query: Tensor, key: Tensor) -> Iterator[slice]:
 def additive(
     query: Tensor, key: Tensor, weight: Tensor, value: Tensor, k_lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The forward operator: as :func:`additive_differentiable`, in linear memory.
+    """The forward operator: as :func:`additive_differentiable`, in linear memory, and statistics [2, B, Lq]: m and l.
 
     Raises:
         RuntimeError: lengths out of range.
@@ -96,12 +95,12 @@ def additive(
     hidden = _hidden(k_lengths, key.size(1))
     wide_key, wide_value = _shown(_wide(key), hidden), _shown(_wide(value), hidden)
     output = query.new_empty(*query.shape[:2], value.size(2))
-    lse = torch.empty(query.shape[:2], dtype=wide_key.dtype, device=query.device)
+    statistics = torch.empty(2, *query.shape[:2], dtype=wide_key.dtype, device=query.device)
     for rows in _row_pieces(query, key):
-        weights, row_lse = _softmax(_scores(_wide(query[:, rows]), wide_key, _wide(weight)), hidden)
+        weights, top, total = _softmax(_scores(_wide(query[:, rows]), wide_key, _wide(weight)), hidden)
         output[:, rows] = (weights @ wide_value).to(query.dtype)
-        lse[:, rows] = row_lse.squeeze(-1)
-    return output, lse
+        statistics[0, :, rows], statistics[1, :, rows] = top.squeeze(-1), total.squeeze(-1)
+    return output, statistics
 
 
 @outside_autocast
@@ -113,14 +112,14 @@ def additive_backward(
     value: Tensor,
     k_lengths: Tensor | None,
     output: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, weight and value, in linear memory; lse has none."""
+    """Gradients of query, key, weight and value, in linear memory; statistics have none."""
     hidden = _hidden(k_lengths, key.size(1))
     wide_key, wide_value, wide_weight = _shown(_wide(key), hidden), _shown(_wide(value), hidden), _wide(weight)
-    # exp(s - inf) is 0: a sequence without keys.
-    safe_lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    d_query = torch.zeros_like(query, dtype=lse.dtype)
+    top, total = statistics[0].unsqueeze(-1), statistics[1].unsqueeze(-1)
+    total = total.masked_fill(total == 0, 1)  # a sequence without keys
+    d_query = torch.zeros_like(query, dtype=statistics.dtype)
     d_key, d_value, d_weight = torch.zeros_like(wide_key), torch.zeros_like(wide_value), torch.zeros_like(wide_weight)
     for rows in _row_pieces(query, key):
         q, d_output = _wide(query[:, rows]), _wide(grad_output[:, rows])
@@ -130,7 +129,7 @@ def additive_backward(
             scores = t @ wide_weight
             if hidden is not None:
                 scores = scores.masked_fill(hidden[:, :, piece], -torch.inf)
-            weights = torch.exp(scores - safe_lse[:, rows].unsqueeze(-1))
+            weights = torch.exp(scores - top[:, rows]) / total[:, rows]
             d_value[:, piece] += weights.mT @ d_output
             d_scores = torch.where(weights == 0, 0, weights * (d_output @ wide_value[:, piece].mT - delta))
             d_weight += torch.einsum("bij,bijh->h", d_scores, t)

@@ -15,9 +15,11 @@ from fastgru.ops.schema import LIBRARY, _grad, call
 
 _ARGUMENTS = "Tensor query, Tensor key, Tensor weight, Tensor value, Tensor? k_lengths"
 
-LIBRARY.define(f"additive_attention({_ARGUMENTS}) -> (Tensor output, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
 LIBRARY.define(
-    f"additive_attention_backward(Tensor grad_output, {_ARGUMENTS}, Tensor output, Tensor lse) -> "
+    f"additive_attention({_ARGUMENTS}) -> (Tensor output, Tensor statistics)", tags=torch.Tag.pt2_compliant_tag
+)
+LIBRARY.define(
+    f"additive_attention_backward(Tensor grad_output, {_ARGUMENTS}, Tensor output, Tensor statistics) -> "
     "(Tensor grad_query, Tensor grad_key, Tensor grad_weight, Tensor grad_value)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -29,7 +31,7 @@ LIBRARY.impl(_backward, reference_additive.additive_backward, "CompositeExplicit
 
 def _fake_forward(query: Tensor, key: Tensor, weight: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
-    return query.new_empty(*query.shape[:2], value.shape[2]), query.new_empty(query.shape[:2], dtype=dtype)
+    return query.new_empty(*query.shape[:2], value.shape[2]), query.new_empty(2, *query.shape[:2], dtype=dtype)
 
 
 def _fake_backward(grad_output: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -54,13 +56,13 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradient of the backward operator, through the composite: nothing flows through output and lse."""
+    """The gradient of the backward operator, through the composite: nothing flows through output and statistics."""
     *tensors, k_lengths = ctx.saved_tensors
     keep_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves: list[Any] = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
         query, key, weight, value = leaves[1:]
-        output, _ = reference_additive.additive_differentiable(query, key, weight, value, k_lengths)
+        output = reference_additive.additive_differentiable(query, key, weight, value, k_lengths)
         first = _grad([output], leaves[1:], [leaves[0]], create_graph=True)
         pairs = [(g, gg) for g, gg in zip(first, grad_grads, strict=True) if g is not None and gg is not None]
         grads = _grad([g for g, _ in pairs], leaves, [gg for _, gg in pairs], create_graph=keep_graph)
@@ -127,6 +129,6 @@ def additive_attention(
         return ((query * weight) @ key.mT) @ value
     arguments = (query, key, weight, value, k_lengths)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return reference_additive.additive_differentiable(*arguments)[0]
+        return reference_additive.additive_differentiable(*arguments)
     output: Tensor = call(_forward, *arguments)[0]
     return output
