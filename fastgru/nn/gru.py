@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from fastgru import ops
 from fastgru.ops import direct
-from fastgru.ops.segments import Segments, batch_states, segment_states, segments
+from fastgru.ops.segments import Segments, batch_states, cut, segment_states
 
 # torch's own, whatever the names in torch.nn stand for later (see fastgru.patch).
 TorchGRU, TorchGRUCell = nn.GRU, nn.GRUCell
@@ -33,36 +34,6 @@ def _signature(
     *,
     save_gates: bool = True,
 ) -> None: ...
-
-
-def _checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
-    """As int64 [B] on the CPU."""
-    try:
-        tensor = torch.as_tensor(lengths, device=None if isinstance(lengths, Tensor) else "cpu").detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"lengths has to be a tensor or a sequence of integers, got {lengths!r}") from error
-    # An empty list is of no type.
-    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool):
-        raise TypeError(f"lengths has to be of an integer type, got {tensor.dtype}")
-    if tensor.shape != (batch,):
-        raise ValueError(f"lengths has to be of shape [B] = [{batch}], got {list(tensor.shape)}")
-    tensor = tensor.to("cpu", torch.int64)
-    wrong = ((tensor < 0) | (tensor > steps)).nonzero()
-    if wrong.numel():
-        row = int(wrong[0])
-        raise ValueError(f"lengths has to be between 0 and the {steps} steps of input, got {int(tensor[row])} at {row}")
-    return tensor
-
-
-def _checked_reset_mask(mask: Tensor, steps: int, batch: int, batch_first: bool) -> Tensor:
-    """As bool [T, B] on the CPU."""
-    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"reset_mask has to be a tensor of torch.bool, got {got}")
-    shape, names = ((batch, steps), "[B, T]") if batch_first else ((steps, batch), "[T, B]")
-    if mask.shape != shape:
-        raise ValueError(f"reset_mask has to be of shape {names} = {list(shape)}, got {list(mask.shape)}")
-    return (mask.t() if batch_first else mask).cpu()
 
 
 def _fx_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -273,10 +244,7 @@ class GRU(nn.RNNBase):
         T, B, _ = input.shape
         if T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        sizes = torch.full((B,), T, device="cpu") if lengths is None else _checked_lengths(lengths, T, B)
-        if reset_mask is not None:
-            reset_mask = _checked_reset_mask(reset_mask, T, B, self.batch_first)
-        parts = segments(sizes, torch.arange(B, device="cpu"), B, reset_mask, input.device)
+        parts = cut(input, lengths, None, reset_mask, self.batch_first)
         output, h_n = self._run_segments(input.reshape(T * B, input.size(2)), hx, B, parts)
         output = output.view(T, B, output.size(1))
         return (output.transpose(0, 1) if self.batch_first else output), h_n
@@ -288,9 +256,8 @@ class GRU(nn.RNNBase):
             )
         nested: Any = input
         offsets, lengths = nested.offsets(), nested.lengths()
-        sizes = (offsets.diff() if lengths is None else lengths).to("cpu", torch.int64)
-        parts = segments(sizes, offsets[:-1].to("cpu", torch.int64), 1, None, input.device)
-        output, h_n = self._run_segments(input.values(), hx, sizes.numel(), parts)
+        parts = cut(input.values(), lengths, offsets, None, False)
+        output, h_n = self._run_segments(input.values(), hx, offsets.size(0) - 1, parts)
         return torch.nested.nested_tensor_from_jagged(output, offsets, lengths), h_n
 
     def _run_segments(self, flat: Tensor, hx: Tensor | None, batch: int, parts: Segments) -> tuple[Tensor, Tensor]:
@@ -307,12 +274,16 @@ class GRU(nn.RNNBase):
                 f"Input and hidden tensors are not at the same device, found input tensor at {flat.device} "
                 f"and hidden tensor at {hx.device}"
             )
-        if parts.row.numel() == 0:
+        if not parts.recorded and parts.row.numel() == 0:
             return flat.new_zeros(flat.size(0), directions * self.hidden_size), hx
+        rows, given = flat.size(0), hx
+        if parts.recorded:
+            # Room for the segment that stands for none.
+            flat, hx = F.pad(flat, (0, 0, 0, 1)), F.pad(hx, (0, 0, 0, 1))
         states = segment_states(hx, parts, directions)
         packed, h_n = self._run(flat.index_select(0, parts.positions), states, states.size(1), parts.batch_sizes)
         output = packed.new_zeros(flat.size(0), packed.size(1)).index_copy(0, parts.positions, packed)
-        return output, batch_states(h_n, hx, parts, directions)
+        return output[:rows], batch_states(h_n, given, parts, directions)
 
     def _forward_packed(self, input: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
