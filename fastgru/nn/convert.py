@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from fastgru._torch_private import dynamo_allowing_rnn
 from fastgru.backends import BackendUnavailable, select
 from fastgru.nn.attention import MultiheadAttention
 from fastgru.nn.gru import GRU, GRUCell, TorchGRU, TorchGRUCell
@@ -150,12 +152,9 @@ def patch() -> Iterator[None]:
     on what such code builds. Within, ``isinstance(module, torch.nn.GRU)`` is true for fastgru's modules, and false for
     torch's own.
     """
-    import torch._dynamo
-
     names = [(place, swap) for place in (torch.nn, torch.nn.modules) for swap in TABLE]
     before = [getattr(place, swap.original.__name__) for place, swap in names]
-    # Dynamo refuses instances of whatever is called torch.nn.GRU.
-    with torch._dynamo.config.patch(allow_rnn=True):
+    with dynamo_allowing_rnn():
         try:
             for place, swap in names:
                 setattr(place, swap.original.__name__, swap.replacement)

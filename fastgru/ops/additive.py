@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from fastgru import _torch_private
+from fastgru._torch_private import forward_mode
 from fastgru.backends import reference_additive
 from fastgru.ops.schema import LIBRARY, _grad, call
 
@@ -93,7 +94,7 @@ def additive_attention(
         if t.dim() != rank:
             raise ValueError(f"{name} must have {rank} dimensions, got {list(t.shape)}")
     device = query.device.type
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device):
+    if _torch_private.is_any_autocast_enabled() and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value, weight = (t.to(dtype) for t in (query, key, value, weight))
     for name, t in (("key", key), ("value", value), ("weight", weight)):
@@ -113,7 +114,7 @@ def additive_attention(
             raise ValueError(f"k_lengths must be [B] = [{B}] integers, got {list(k_lengths.shape)} {k_lengths.dtype}")
         k_lengths = k_lengths.to(query.device, torch.int64)
     arguments = (query, key, weight, value, k_lengths)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _torch_private.are_functorch_transforms_active() or forward_mode._current_level >= 0:
         return reference_additive.additive_differentiable(*arguments)[0]
     output: Tensor = call(_forward, *arguments)[0]
     return output

@@ -9,18 +9,18 @@ from typing import Any, Literal, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fastgru import _lib
+from fastgru import _lib, _torch_private
+from fastgru._torch_private import forward_mode
 from fastgru.backends import gluon, registry
 from fastgru.backends.reference_attention import Attention, attention_differentiable, hiding_product, hiding_scores
 from fastgru.ops.attention_schema import (
     ATTENTION_OPS,
-    PLAIN_OPS,
     TENSORS,
     AttentionFunction,
     AttentionOps,
     plain_attention_with_gradients,
+    plain_forward,
 )
 
 _warned: set[str] = set()
@@ -129,7 +129,7 @@ def _lengths(name: str, lengths: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def _run(ops: AttentionOps, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or _torch_private.is_tracing():
         result: tuple[Tensor, Tensor] = ops.forward(*arguments)
         return result
     if torch.is_grad_enabled():
@@ -137,7 +137,7 @@ def _run(ops: AttentionOps, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]
         if q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad):
             return AttentionFunction.apply(ops, arguments[TENSORS:], *arguments[:TENSORS])  # type: ignore[no-any-return, no-untyped-call]
     # No gradient to record: below autograd, whose way through Python is longer than a small problem.
-    with torch._C._AutoDispatchBelowAutograd():
+    with _torch_private.below_autograd():
         return ops.forward(*arguments)  # type: ignore[no-any-return]
 
 
@@ -157,7 +157,7 @@ def _at_once(
     if _is_compiling():
         return None
     options = scale, causal, bottom_right, grouped
-    if _direct is not None and type(query) in _PLAIN and forward_ad._current_level < 0:
+    if _direct is not None and type(query) in _PLAIN and forward_mode._current_level < 0:
         backend = registry.selected("cpu", query.dtype)
         if backend is not None and backend.name == "cpu":
             output = _direct.attention(query, key, value, mask, *options)
@@ -169,10 +169,10 @@ def _at_once(
         not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
         or not (query.is_cpu and query.dim() == 4)
         or not (mask is None or (type(mask) is Tensor and mask.dtype is torch.bool))
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or _torch_private.is_any_autocast_enabled()
+        or _torch_private.is_tracing()
+        or _torch_private.are_functorch_transforms_active()
+        or forward_mode._current_level >= 0
     ):
         return None
     try:
@@ -180,14 +180,14 @@ def _at_once(
             return None
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             return plain_attention_with_gradients(query, key, value, mask, options)
-        return PLAIN_OPS.forward._op(query, key, value, mask, *options)[0]  # type: ignore[no-any-return]
+        return plain_forward(query, key, value, mask, *options)[0]  # type: ignore[no-any-return]
     except RuntimeError:
         return None
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+    if not _torch_private.is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
@@ -369,7 +369,7 @@ def flash_attention(
         right,
         causal_align == "bottom_right",
     )
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _torch_private.are_functorch_transforms_active() or forward_mode._current_level >= 0:
         output, lse = attention_differentiable(*arguments)
     else:
         output, lse = _run(_choose(arguments), arguments)

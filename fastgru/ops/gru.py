@@ -8,8 +8,9 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from fastgru import _torch_private
+from fastgru._torch_private import forward_mode
 from fastgru.backends import registry
 from fastgru.backends.reference import gru_differentiable
 from fastgru.ops.onnx import gru_node
@@ -69,7 +70,7 @@ def gru(
     differentiable composite, whichever backend is chosen.
     """
     result_dtype = None
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
+    if _torch_private.is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
         input, hx, weights, result_dtype = _autocast(input, hx, weights)
     device, dtype = input.device, input.dtype
     for t in (hx, *weights):
@@ -82,10 +83,10 @@ def gru(
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     directions = 2 if bidirectional else 1
     stride = directions * (4 if has_biases else 2)
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    transformed = _torch_private.are_functorch_transforms_active() or forward_mode._current_level >= 0
     compiling = torch.compiler.is_compiling()
     # What torch.jit.trace records has to be an operator, and the same one without gradients.
-    records_gates = save_gates and torch.is_grad_enabled() and (compiling or not torch._C._is_tracing())
+    records_gates = save_gates and torch.is_grad_enabled() and (compiling or not _torch_private.is_tracing())
     exporting_onnx = compiling and torch.onnx.is_in_onnx_export()
     backend = registry.select(device, dtype)
     if backend.wins is not None:

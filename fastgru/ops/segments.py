@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastgru import _torch_private
 from fastgru.ops.onnx import WHOLE_BATCHES_ONLY
 from fastgru.ops.schema import LIBRARY
 
@@ -42,7 +43,7 @@ class Segments(NamedTuple):
 
 def _is_recorded() -> bool:
     """Whether what runs is written down for other data, or might be: a mode sees all operators."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or _torch_private.is_tracing() or _torch_private.len_torch_dispatch_stack() > 0
 
 
 def _as_tensor(lengths: Tensor | Sequence[int]) -> Tensor:
@@ -173,8 +174,8 @@ def _kernel(
         (input.size(1), input.size(0) * input.size(1)) if offsets is None else (offsets.size(0) - 1, input.size(0))
     )
     one = torch.ones(1, dtype=torch.int64, device=input.device)
-    starts_at_zero = torch.zeros(2, 1, dtype=torch.bool, device=input.device)
-    return one * rows, one.cpu().clone(), one * batch, starts_at_zero, parts.rows, parts.final
+    from_zero = torch.zeros(2, 1, dtype=torch.bool, device=input.device)
+    return one * rows, one.cpu(), one * batch, from_zero, parts.rows, parts.final
 
 
 def _fake(
@@ -191,14 +192,14 @@ def _fake(
             _check_reset_mask(reset_mask, T, B, batch_first)
     new = torch.library.get_ctx().new_dynamic_size
     positions, steps, segments, rows = new(min=1), new(min=1), new(min=1), new(min=0)
-    integers = {"dtype": torch.int64, "device": input.device}
+    long, device = torch.int64, input.device
     return (
-        torch.empty(positions, **integers),
-        torch.empty(steps, dtype=torch.int64, device="cpu"),
-        torch.empty(segments, **integers),
-        torch.empty(2, segments, dtype=torch.bool, device=input.device),
-        torch.empty(rows, **integers),
-        torch.empty(2, rows, **integers),
+        torch.empty(positions, dtype=long, device=device),
+        torch.empty(steps, dtype=long, device="cpu"),
+        torch.empty(segments, dtype=long, device=device),
+        torch.empty((2, segments), dtype=torch.bool, device=device),
+        torch.empty(rows, dtype=long, device=device),
+        torch.empty((2, rows), dtype=long, device=device),
     )
 
 
@@ -235,7 +236,9 @@ def cut(
         lengths = _as_tensor(lengths)
     if reset_mask is not None:
         _check_type_of_reset_mask(reset_mask)
-    return Segments(*_op(input.detach(), lengths, offsets, reset_mask, batch_first), recorded=True)
+    parts: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+    parts = _op(input.detach(), lengths, offsets, reset_mask, batch_first)
+    return Segments(*parts, recorded=True)
 
 
 def segment_states(hx: Tensor, parts: Segments, directions: int) -> Tensor:
