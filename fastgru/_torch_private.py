@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def _find(name: str, instead: Any) -> Any:
@@ -84,6 +86,14 @@ def modes() -> tuple[Callable[[], Any], ...] | str:
 
 #: What lets others read a tensor as DLPack without a call of Python; None where torch has no such table.
 dlpack_exchange: Any = _find("Tensor.__dlpack_c_exchange_api__", None)
+
+
+def takes_per_sample_gradients(weights: Sequence[Tensor]) -> bool:
+    """Whether torch.nn.utils' call_for_per_sample_grads has replaced weights, by tensors that know torch's functions
+    and no operators. Without that module there are none of those."""
+    name = "torch.nn.utils._expanded_weights.expanded_weights_impl"
+    kind = getattr(sys.modules.get(name), "ExpandedWeight", ())
+    return any(isinstance(weight, kind) for weight in weights)
 
 
 def without_wrapper(op: Any) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from fastgru import ops
+from fastgru._torch_private import takes_per_sample_gradients
 from fastgru.ops import direct
 from fastgru.ops.segments import Segments, batch_states, cut, segment_states
 
@@ -262,6 +263,11 @@ class GRU(nn.RNNBase):
 
     def _run_segments(self, flat: Tensor, hx: Tensor | None, batch: int, parts: Segments) -> tuple[Tensor, Tensor]:
         """Output [rows of ``flat``, D * H], zero where no segment is, and h_n."""
+        if takes_per_sample_gradients(self._flat_weights):
+            raise RuntimeError(
+                "call_for_per_sample_grads takes rows for samples, which they are not with lengths, resets or nested "
+                "input: pass plain sequences, or one at a time"
+            )
         directions = 2 if self.bidirectional else 1
         expected = (self.num_layers * directions, batch, self.hidden_size)
         if hx is None:

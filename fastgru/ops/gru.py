@@ -8,9 +8,10 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from fastgru import _torch_private
-from fastgru._torch_private import forward_mode
+from fastgru._torch_private import forward_mode, takes_per_sample_gradients
 from fastgru.backends import registry
 from fastgru.backends.reference import gru_differentiable
 from fastgru.ops.onnx import gru_node
@@ -67,8 +68,16 @@ def gru(
         BackendUnavailable: the backend asked for cannot run this.
 
     torch.func's transforms and forward-mode differentiation go, like double backward, through the reference backend's
-    differentiable composite, whichever backend is chosen.
+    differentiable composite, whichever backend is chosen. torch.nn.utils' per-sample gradients go through torch.gru.
     """
+    if has_torch_function(weights) and takes_per_sample_gradients(weights):
+        options = weights, has_biases, num_layers, dropout, train, bidirectional
+        result: tuple[Tensor, Tensor] = (
+            torch.gru(input, hx, *options, batch_first)
+            if batch_sizes is None
+            else torch.gru(input, batch_sizes, hx, *options)
+        )
+        return result
     result_dtype = None
     if _torch_private.is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
         input, hx, weights, result_dtype = _autocast(input, hx, weights)
