@@ -7,7 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgru import ops
+from fastgru.nn.scripting import torch_twin
 from fastgru.nn.seq2seq import Decoder
+
+# torch's own, whatever the name in torch.nn stands for later (see fastgru.patch).
+TorchMultiheadAttention = nn.MultiheadAttention
 
 _SCORES = ("dot", "general", "additive")
 
@@ -24,6 +28,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         ValueError: masks of the wrong shape or dtype; inputs of wrong rank.
         RuntimeError: ``is_causal`` without ``attn_mask``.
     """
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torch_twin(self, MultiheadAttention, TorchMultiheadAttention)
 
     def forward(
         self,
@@ -197,6 +204,9 @@ class AttentionDecoder(Decoder):
             self.query = nn.Linear(hidden_dim, hidden_dim)
             self.weight = nn.Parameter(torch.empty(hidden_dim).uniform_(-(hidden_dim**-0.5), hidden_dim**-0.5))
         self.combine = nn.Linear(encoder_dim + hidden_dim, hidden_dim, bias=False)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError("torch.jit.script cannot compile fastgru.AttentionDecoder: use torch.jit.trace")
 
     def attend(self, states: Tensor, encoder_outputs: Tensor, source_lengths: Tensor | None = None) -> Tensor:
         """What the linear head reads: tanh(W_c [context; state]) of every state.

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastgru import ops
 from fastgru._torch_private import takes_per_sample_gradients
+from fastgru.nn.scripting import torch_twin
 from fastgru.ops import direct
 from fastgru.ops.segments import Segments, batch_states, cut, segment_states
 
@@ -41,21 +42,6 @@ def _fx_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """One ``call_module`` node, as torch.fx makes of torch's own modules."""
     tracer = args[0].tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
-
-
-def _scriptable(module: nn.Module, own: type[nn.Module], original: type[nn.Module]) -> nn.Module:
-    """torch's module in the place of ours, on the same parameters, for TorchScript, which cannot compile ours."""
-    # fastgru.convert notes there what it made the class from.
-    if type(module) is not own and vars(type(module)).get("_fastgru_original") is not original:
-        raise RuntimeError(
-            f"torch.jit.script cannot compile {type(module).__name__}, which derives from fastgru.{own.__name__}: "
-            "call fastgru.revert(model) first, or derive it from torch.nn's class"
-        )
-    twin = original.__new__(original)
-    twin.__dict__ = {name: dict(value) if name == "_parameters" else value for name, value in vars(module).items()}
-    if isinstance(twin, nn.RNNBase):
-        twin._init_flat_weights()
-    return twin
 
 
 class GRU(nn.RNNBase):
@@ -87,7 +73,9 @@ class GRU(nn.RNNBase):
     """
 
     # On the class as well, for modules that fastgru.convert makes of others.
-    save_gates: bool = True
+    save_gates = True
+    # TorchScript would compile it, also where torch.jit.trace meets exported methods.
+    __jit_unused_properties__ = ["all_weights", "_flat_weights"]  # noqa: RUF012
 
     def __init__(self, *args: Any, save_gates: bool = True, **kwargs: Any) -> None:
         # Position 8 is RNNBase's proj_size: nn.GRU takes it there, and then fails at the first call.
@@ -100,7 +88,7 @@ class GRU(nn.RNNBase):
     __init__.__signature__ = inspect.signature(_signature)  # type: ignore[attr-defined]
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return _scriptable(self, GRU, TorchGRU)
+        return torch_twin(self, GRU, TorchGRU)
 
     def _slow_forward(self, input: Any, hx: Tensor | None = None, *rest: Any, **options: Any) -> Any:
         """What torch.jit.trace and the old ONNX exporter call in the place of ``forward``."""
@@ -339,7 +327,7 @@ class GRUCell(nn.GRUCell):
     """
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return _scriptable(self, GRUCell, TorchGRUCell)
+        return torch_twin(self, GRUCell, TorchGRUCell)
 
     def _slow_forward(self, *input: Any, **options: Any) -> Any:
         """What torch.jit.trace and the old ONNX exporter call in the place of ``forward``."""

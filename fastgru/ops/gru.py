@@ -71,11 +71,12 @@ def gru(
     differentiable composite, whichever backend is chosen. torch.nn.utils' per-sample gradients go through torch.gru.
     """
     if has_torch_function(weights) and takes_per_sample_gradients(weights):
-        options = weights, has_biases, num_layers, dropout, train, bidirectional
-        result: tuple[Tensor, Tensor] = (
-            torch.gru(input, hx, *options, batch_first)
-            if batch_sizes is None
-            else torch.gru(input, batch_sizes, hx, *options)
+        whole = batch_sizes is None
+        result: tuple[Tensor, Tensor] = torch.gru(  # type: ignore[call-overload]
+            *((input, hx) if whole else (input, batch_sizes, hx)),
+            list(weights),
+            *(has_biases, num_layers, dropout, train, bidirectional),
+            *((batch_first,) if whole else ()),
         )
         return result
     result_dtype = None
