@@ -31,7 +31,7 @@ from fastgru.nn import (
     patch,
     revert,
 )
-from fastgru.ops import additive_attention, flash_attention, gru, scaled_dot_product_attention
+from fastgru.ops import additive_attention, decompositions, flash_attention, gru, scaled_dot_product_attention
 
 __all__ = [
     "GRU",
@@ -47,6 +47,7 @@ __all__ = [
     "additive_attention",
     "conversion_report",
     "convert",
+    "decompositions",
     "explain",
     "flash_attention",
     "flash_attn",
