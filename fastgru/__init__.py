@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
+import torch
+
+# Torch's operators are the process's and can be defined once. So, if this is not the first import, because someone has
+# taken this package out of sys.modules, the modules of the first one are put back.
+_modules = vars(torch.ops.fastgru).setdefault("_modules", {})
+for _name, _module in _modules.items():
+    sys.modules.setdefault(_name, _module)
+    if _name.count(".") == 1:
+        globals()[_name.rpartition(".")[2]] = _module
+
 from fastgru import flash_attn
 from fastgru.backends.registry import BackendUnavailable, explain, use_backend
 from fastgru.nn import (
@@ -19,7 +31,7 @@ from fastgru.nn import (
     patch,
     revert,
 )
-from fastgru.ops import additive_attention, flash_attention, gru, scaled_dot_product_attention
+from fastgru.ops import additive_attention, decompositions, flash_attention, gru, scaled_dot_product_attention
 
 __all__ = [
     "GRU",
@@ -35,6 +47,7 @@ __all__ = [
     "additive_attention",
     "conversion_report",
     "convert",
+    "decompositions",
     "explain",
     "flash_attention",
     "flash_attn",
@@ -44,6 +57,8 @@ __all__ = [
     "scaled_dot_product_attention",
     "use_backend",
 ]
+
+_modules |= {name: module for name, module in sys.modules.items() if name.startswith("fastgru.")}
 
 
 def __getattr__(name: str) -> str:

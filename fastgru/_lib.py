@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastgru import _torch_private
+
 LIBRARY_PATH = Path(__file__).with_name("_C.so")
 
 _REMEDY = "rebuild it with a C++17 compiler: pip install --no-build-isolation -e . (in the source tree)"
@@ -37,22 +39,15 @@ def _load_direct() -> tuple[Any, str | None]:
         module = importlib.import_module("fastgru._direct")
     except ImportError as error:
         return None, f"the compiled module fastgru._direct does not load ({error}); {_REMEDY}"
-    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if exchange is None:
+    if _torch_private.dlpack_exchange is None:
         return None, "this torch has no table of DLPack's functions"
+    modes = _torch_private.modes()
+    if isinstance(modes, str):
+        return None, modes
     entry = ctypes.CDLL(str(LIBRARY_PATH)).fastgru_direct_calls
     entry.restype = ctypes.c_void_p
-    # Each false in plain eager mode. What is on below torch's operators has to see operators.
-    modes = (
-        torch._C._is_any_autocast_enabled,
-        torch._C._is_tracing,
-        torch._C._len_torch_dispatch_stack,
-        torch._C._len_torch_function_stack,
-        torch._C._are_functorch_transforms_active,
-        torch._C._autograd._profiler_enabled,
-    )
     functions = torch.empty_like, torch.is_grad_enabled, modes
-    reason = module.setup(exchange, entry(), torch.Tensor, nn.Parameter, *functions)
+    reason = module.setup(_torch_private.dlpack_exchange, entry(), torch.Tensor, nn.Parameter, *functions)
     return (None, reason) if reason is not None else (module, None)
 
 

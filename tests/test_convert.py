@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
 import fastgru
 from fastgru import testing
+from fastgru.nn.convert import Converted
 from fastgru.nn.gru import TorchGRU
 
 
@@ -407,3 +409,66 @@ def test_patch_as_a_decorator_and_torch_compile() -> None:
 
     torch._dynamo.reset()
     torch.testing.assert_close(*build_and_run(torch.randn(4, 3, 5)))
+
+
+class Slotted(nn.GRU):
+    __slots__ = ("note",)
+
+
+class Circular(nn.GRU):
+    """Refers to itself, and has a say in its state."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 6)
+        self.owner = [self]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.loaded = True
+
+
+LINEAR = torch.nn.modules.linear.NonDynamicallyQuantizableLinear
+SAVED: dict[str, tuple[Callable[[], nn.Module], list[Any]]] = {
+    "GRU": (lambda: fastgru.GRU(5, 6), [fastgru.GRU]),
+    "GRUCell": (lambda: fastgru.GRUCell(5, 6), [fastgru.GRUCell]),
+    "MultiheadAttention": (lambda: fastgru.MultiheadAttention(4, 2), [fastgru.MultiheadAttention, LINEAR]),
+    "convert": (lambda: fastgru.convert(nn.GRU(5, 6)), [fastgru.GRU]),
+    "keep_types": (lambda: fastgru.convert(nn.GRU(5, 6), keep_types=True), [fastgru.GRU, nn.GRU, Converted]),
+    "subclass": (lambda: fastgru.convert(Beside(5)), [fastgru.GRU, nn.GRU, Beside, Converted]),
+    "circular": (lambda: fastgru.convert(Circular()), [fastgru.GRU, nn.GRU, Circular, Converted]),
+    "slots": (lambda: fastgru.convert(Slotted(5, 6)), [fastgru.GRU, nn.GRU, Slotted, Converted]),
+    "in a model": (
+        lambda: nn.Sequential(fastgru.convert(nn.GRU(5, 6), keep_types=True)),
+        [nn.Sequential, fastgru.GRU, nn.GRU, Converted],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_whole_modules_are_loaded_and_copied(name: str) -> None:
+    make, classes = SAVED[name]
+    module = make()
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
+    assert {f"{c.__module__}.{c.__qualname__}" for c in classes} == set(named)
+    buffer.seek(0)
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    if name != "slots":  # which torch.load builds no instances of
+        for left_out in classes:
+            with torch.serialization.safe_globals([c for c in classes if c is not left_out]):
+                with pytest.raises(pickle.UnpicklingError):
+                    torch.load(buffer)
+                buffer.seek(0)
+        with torch.serialization.safe_globals(classes):
+            copies.append(torch.load(buffer))
+    for loaded in copies:
+        assert [type(m) for m in loaded.modules()] == [type(m) for m in module.modules()]
+        torch.testing.assert_close(loaded.state_dict(), module.state_dict())
+        assert "_becomes" not in vars(loaded)
+        if name == "circular":
+            assert loaded.owner[0] is loaded and loaded.loaded
+        if isinstance(loaded, fastgru.GRU):
+            x = torch.randn(4, 2, 5)
+            torch.testing.assert_close(loaded(x), module(x))

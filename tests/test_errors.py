@@ -224,5 +224,5 @@ def test_torch_script_refuses_subclasses_and_names_the_remedy(base: Any) -> None
 
 def test_onnx_refuses_packed_input() -> None:
     weights = [w.detach() for w in fastgru.GRU(5, 6).parameters()]
-    with pytest.raises(RuntimeError, match="whole batches, not on packed input or lengths"):
+    with pytest.raises(RuntimeError, match="whole batches, not on packed input, lengths, resets"):
         gru_node(torch.randn(3, 5), torch.zeros(1, 2, 6), *weights, *[None] * 4, torch.tensor([2, 1]))

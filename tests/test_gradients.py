@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import fastgru
 
@@ -109,3 +110,45 @@ def one_by_one(module: nn.Module, name: str, x: Tensor) -> Tensor:
         return grad(lambda x: module(x)[0].sin().sum())(x) if "grad" in name else module(x)[0]
 
     return torch.stack([one(x[:, i : i + 1]) for i in range(x.size(1))])
+
+
+def per_sample(module: nn.Module, *arguments: Any, **how: Any) -> dict[str, Tensor | None]:
+    """By torch.nn.utils' way, which opacus calls "ew"."""
+    output = call_for_per_sample_grads(module, **how)(*arguments)[0]
+    (output.data if isinstance(output, PackedSequence) else output).square().sum().backward()
+    return {name: getattr(p, "grad_sample", None) for name, p in module.named_parameters()}
+
+
+PER_SAMPLE: dict[str, tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]] = {
+    "time first": ({}, (torch.randn(5, 3, 4),), {"batch_first": False}),
+    "with a state": ({}, (torch.randn(5, 3, 4), torch.randn(1, 3, 6)), {"batch_first": False}),
+    "batch first": ({"batch_first": True, "bias": False}, (torch.randn(3, 5, 4),), {}),
+    "two layers, both directions": (
+        {"num_layers": 2, "bidirectional": True},
+        (torch.randn(5, 3, 4),),
+        {"batch_first": False, "loss_reduction": "mean"},
+    ),
+    "packed": ({}, (pack_sequence([torch.randn(n, 4) for n in (5, 3, 1)]),), {"batch_size": 3}),
+    "one sequence": ({}, (torch.randn(5, 4),), {"batch_size": 1}),
+}
+
+
+@pytest.mark.parametrize("frozen", [[], ["weight_ih_l0"]], ids=["all", "one frozen"])
+@pytest.mark.parametrize("name", PER_SAMPLE)
+def test_per_sample_gradients_by_expanded_weights(backend: str, name: str, frozen: list[str]) -> None:
+    options, arguments, how = PER_SAMPLE[name]
+    theirs, ours = nn.GRU(4, 6, **options), fastgru.GRU(4, 6, **options)
+    ours.load_state_dict(theirs.state_dict())
+    for module in (theirs, ours):
+        for weight in frozen:
+            module.get_parameter(weight).requires_grad_(False)
+    torch.testing.assert_close(per_sample(ours, *arguments, **how), per_sample(theirs, *arguments, **how))
+
+
+def test_per_sample_gradients_of_what_is_no_row_are_refused() -> None:
+    class Padded(fastgru.GRU):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x, lengths=[3, 5])
+
+    with pytest.raises(RuntimeError, match="takes rows for samples"):
+        per_sample(Padded(4, 6), torch.randn(5, 2, 4), batch_first=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +46,119 @@ print("\\n".join(set(sys.modules) - before))
     own = [name for name in loaded if name.split(".")[0] == "fastgru"]
     assert len(own) < 40
     assert not set(loaded) - set(own)
+
+
+USES = """
+import copy, pickle, torch
+
+def use(fastgru):
+    for backend in ("auto", "reference"):
+        with fastgru.use_backend(backend):
+            x = torch.randn(5, 2, 8, requires_grad=True)
+            gru = fastgru.GRU(8, 4)
+            gru(x)[0].sum().backward()
+            gru(x, lengths=[5, 2])
+            q = torch.randn(2, 2, 5, 4, requires_grad=True)
+            fastgru.flash_attention(q, q, q, causal=True).sum().backward()
+            fastgru.scaled_dot_product_attention(q, q, q).sum().backward()
+            fastgru.MultiheadAttention(8, 2)(x, x, x, need_weights=False)[0].sum().backward()
+            fastgru.additive_attention(x, x, x, x[0, 0]).sum().backward()
+            with torch.no_grad():
+                fastgru.GRUCell(8, 4)(x[0], torch.randn(2, 4))
+                gru(x)
+                fastgru.flash_attention(q, q, q, softcap=3.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        gru(x)
+        fastgru.scaled_dot_product_attention(q, q, q)
+    pickle.loads(pickle.dumps(gru))
+    fastgru.revert(fastgru.convert(torch.nn.GRU(3, 4)))
+    with fastgru.patch():
+        torch.nn.GRU(3, 4)(torch.randn(5, 2, 3))
+    assert fastgru.nn.GRU is fastgru.nn.gru.GRU is fastgru.GRU
+    assert fastgru.ops.gru and fastgru.backends.registry and fastgru.flash_attn
+    return gru
+"""
+
+
+@pytest.mark.parametrize("gone", ["all", "the top", "some", "reload"])
+def test_a_second_import_in_one_process(gone: str) -> None:
+    python(f"""{USES}
+import importlib, sys, fastgru
+first, module = fastgru, use(fastgru)
+for _ in range(2):
+    if {gone!r} == "reload":
+        assert importlib.reload(fastgru) is first
+    else:
+        for name in [name for name in sys.modules if name.split(".")[0] == "fastgru"]:
+            some = {gone!r} == "some" and name in ("fastgru.ops", "fastgru.nn.gru")
+            if {gone!r} == "all" or name == "fastgru" or some:
+                del sys.modules[name]
+        import fastgru
+        assert fastgru is not first
+    use(fastgru)
+    assert type(module) is fastgru.GRU
+use(first)
+""")
+
+
+def private_names(source: str) -> set[str]:
+    """What is read of torch by a name with an underscore, annotations aside."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{name}" for name in names]
+        if isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        found |= {name for name in names if re.match(r"torch\b.*\._[a-zA-Z]", name) or "._current_level" in name}
+    return {name for name in found if not name.startswith("torch._ops")}
+
+
+def test_private_names_of_torch_are_in_one_place() -> None:
+    found = {
+        path.name: names
+        for path in ROOT.glob("fastgru/**/*.py")
+        if (names := private_names(path.read_text()) - {"forward_mode._current_level"})
+    }
+    assert found == {"_torch_private.py": {"torch._dynamo", "torch._dynamo.config"}}
+
+
+def test_without_any_one_of_them_the_package_works() -> None:
+    """Each name in turn is taken from torch while the package is imported, in a child of a process that has torch."""
+    python(f"""{USES}
+import os, re, sys, operator
+import torch._dynamo, torch.utils.flop_counter
+from pathlib import Path
+
+source = Path({str(ROOT)!r}, "fastgru/_torch_private.py").read_text()
+names = sorted(set(re.findall('"((?:_C|autograd|Tensor)[.][A-Za-z_.]+)"', source)))
+assert len(names) >= 10, names
+names += ["_dynamo.config.allow_rnn", "_C._FunctionBase.apply", "autograd.forward_ad._current_level"]
+for name in names:
+    child = os.fork()
+    if child == 0:
+        try:
+            place, _, last = name.rpartition(".")
+            owner = operator.attrgetter(place)(torch)
+            try:
+                value = getattr(owner, last)
+                delattr(owner, last)
+            except (AttributeError, TypeError):  # of a type in C
+                os._exit(0 if last in ("apply", "AutogradFunctionality") else 1)
+            import fastgru
+            if name in ("_C._is_any_autocast_enabled", "_C._is_tracing", "_C._len_torch_dispatch_stack"):
+                assert name in (fastgru._lib.direct_error or "") or fastgru._lib.load_error
+            # Torch reads some of them itself when it runs.
+            if last not in ("allow_rnn",):
+                setattr(owner, last, value)
+            use(fastgru)
+            os._exit(0)
+        except BaseException as error:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0, name
+""")
 
 
 def test_public_names_exist() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_sequence
 
 import fastgru
@@ -170,6 +172,121 @@ def test_one_node_of_torch_fx() -> None:
     traced = torch.fx.symbolic_trace(model)
     assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["rnn"]
     assert torch.equal(traced(*arguments), model(*arguments))
+
+
+class Padded(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.rnn = fastgru.GRU(I, H, **options)
+
+    def forward(self, x: Tensor, lengths: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        output: tuple[Tensor, Tensor] = self.rnn(x, lengths=lengths, reset_mask=mask)
+        return output
+
+
+def padded(steps: int, lengths: list[int], batch_first: bool = False, resets: bool = False) -> tuple[Tensor, ...]:
+    """Arguments for Padded."""
+    arguments = torch.randn(steps, len(lengths), I), torch.tensor(lengths, dtype=torch.int64)
+    if resets:
+        arguments += (torch.rand(steps, len(lengths)) < 0.3,)
+    return tuple(t.transpose(0, 1) if batch_first and t.dim() > 1 else t for t in arguments)
+
+
+def assert_same_with_gradients(
+    got_from: Callable[..., Any], want_from: nn.Module, arguments: tuple[Tensor, ...]
+) -> None:
+    leaves = [arguments[0].clone().requires_grad_() for _ in range(2)]
+    got, want = (f(x, *arguments[1:]) for f, x in zip((got_from, want_from), leaves, strict=True))
+    torch.testing.assert_close(got, want)
+    if want[0].requires_grad:
+        parameters = list(want_from.parameters())
+        grads = (
+            torch.autograd.grad(out[0].square().sum() + out[1].sum(), [x, *parameters])
+            for out, x in zip((got, want), leaves, strict=True)
+        )
+        torch.testing.assert_close(next(grads), next(grads))
+
+
+# Zero lengths, a longer longest, another batch, another order; no step at all; one row; none.
+OTHERS = [(7, [3, 0, 2, 4, 7]), (4, [0, 0]), (2, [1]), (3, [])]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("resets", [False, True], ids=["lengths", "resets"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_trace_serves_other_data(backend: str, options: dict[str, Any], resets: bool) -> None:
+    model = Padded(**options)
+    how = options.get("batch_first", False), resets
+    for example in ([3, 6, 2, 4], [0, 0, 0]):
+        traced = torch.jit.trace(model, padded(6, example, *how))
+        for steps, lengths in OTHERS:
+            assert_same_with_gradients(traced, model, padded(steps, lengths, *how))
+    with pytest.raises(RuntimeError, match="lengths has to be between 0 and the 3 steps of input, got 4 at 0"):
+        traced(*padded(3, [4, 1], *how))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_of_resets_alone_and_of_lengths_in_a_list() -> None:
+    rnn = fastgru.GRU(I, H).requires_grad_(False)
+
+    def resets_alone(x: Tensor, mask: Tensor) -> Tensor:
+        return rnn(x, reset_mask=mask)[1]
+
+    def of_a_size(x: Tensor) -> Tensor:
+        return rnn(x, lengths=[x.size(0), x.size(0) - 1])[1]
+
+    example, other = (torch.randn(n, 2, I) for n in (6, 4))
+    masks = [torch.rand(n, 2) < 0.3 for n in (6, 4)]
+    torch.testing.assert_close(
+        torch.jit.trace(resets_alone, (example, masks[0]))(other, masks[1]), resets_alone(other, masks[1])
+    )
+    torch.testing.assert_close(torch.jit.trace(of_a_size, (example,))(other), rnn(other, lengths=[4, 3])[1])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_serves_other_data(backend: str, strict: bool) -> None:
+    model = Padded(num_layers=2, bidirectional=True)
+    steps, batch = torch.export.Dim("T", min=2, max=99), torch.export.Dim("B", min=2, max=99)
+    shapes = {0: steps, 1: batch}, {0: batch}, {0: steps, 1: batch}
+    program = torch.export.export(model, padded(6, [3, 6, 0, 4], resets=True), dynamic_shapes=shapes, strict=strict)
+    for steps_, lengths in OTHERS[:2]:
+        assert_same_with_gradients(program.module(), model, padded(steps_, lengths, resets=True))
+    with pytest.raises(ValueError, match="lengths has to be of shape"):
+        torch.export.export(model, (torch.randn(4, 3, I), torch.tensor([1, 2])), strict=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_in_one_graph(backend: str) -> None:
+    """Where torch is told to: the numbers of segments and of their steps are known at run time only."""
+    model = Padded(bidirectional=True)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+        for steps, lengths in OTHERS[:2]:
+            assert_same_with_gradients(compiled, model, padded(steps, lengths, resets=True))
+    torch._dynamo.reset()
+    # Else the graph breaks there.
+    compiled = torch.compile(model, backend="aot_eager")
+    for steps, lengths in OTHERS:
+        assert_same_with_gradients(compiled, model, padded(steps, lengths))
+
+
+def test_make_fx_and_the_operator() -> None:
+    model = Padded().requires_grad_(False)
+    x, lengths, mask = padded(6, [3, 6, 2, 4], resets=True)
+    graph = make_fx(model)(x, lengths, mask)
+    for other in ([6, 0, 1, 1], [0, 0, 0, 0]):
+        arguments = x, torch.tensor(other), mask
+        torch.testing.assert_close(graph(*arguments), model(*arguments))
+    for arguments in ((x, lengths, None, mask, False), (x[0], None, torch.tensor([0, 3, 3, 4]), None, False)):
+        torch.library.opcheck(torch.ops.fastgru.gru_segments.default, arguments)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_onnx_refuses(dynamo: bool) -> None:
+    pytest.importorskip("onnxscript")
+    with pytest.raises(Exception, match=r"takes a fastgru\.GRU on whole batches, not on packed input, lengths, resets"):
+        torch.onnx.export(Padded(), padded(6, [3, 6, 2, 4]), None if dynamo else io.BytesIO(), dynamo=dynamo)
 
 
 def test_gradcheck_with_resets(backend: str) -> None:

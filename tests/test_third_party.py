@@ -1,6 +1,7 @@
 """Models of packages that are no dependency of this one: converted or patched, nothing changes but the time.
 
-    pip install --no-deps --target DIR torch-geometric rsl-rl-lib torchrl tensordict asteroid asteroid-filterbanks
+    pip install --no-deps --target DIR torch-geometric rsl-rl-lib torchrl tensordict asteroid asteroid-filterbanks \
+        thop ptflops opacus openvino executorch
     PYTHONPATH=DIR pytest tests/test_third_party.py -rs    # says what else they import
 
 A test whose package is absent is skipped.
@@ -8,6 +9,7 @@ A test whose package is absent is skipped.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -128,3 +130,115 @@ def test_a_policy_is_exported_for_its_robot() -> None:
     scripted = torch.jit.script(exported.as_jit())
     assert scripted(torch.randn(1, 5)).shape == (1, want.size(2))
     assert exported.as_onnx(False).rnn_type == "gru"
+
+
+# Tools that look inside a model: what docs/tools.md says of them. -----------------------------------------------------
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(8, 16, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.cell = nn.GRUCell(16, 16)
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.gru(x)
+        states, _ = self.attention(states, states, states, need_weights=False)
+        result: Tensor = self.out(self.cell(states[:, -1]))
+        return result
+
+
+def taggers() -> tuple[Tagger, Tagger]:
+    """torch's, and its copy on fastgru."""
+    theirs = Tagger().eval()
+    return theirs, fastgru.convert(copy.deepcopy(theirs))
+
+
+X = torch.randn(3, 5, 8)
+
+
+def decomposed(model: nn.Module) -> Any:
+    table = torch.export.default_decompositions()
+    table.update(fastgru.decompositions())
+    return torch.export.export(model, (X,)).run_decompositions(table)
+
+
+def test_executorch() -> None:
+    exir, runtime = package("executorch.exir"), package("executorch.runtime")
+    theirs, ours = taggers()
+    with pytest.raises(RuntimeError, match="Missing out variants"):
+        exir.to_edge(torch.export.export(ours, (X,))).to_executorch()
+    buffer = exir.to_edge(decomposed(ours)).to_executorch().buffer
+    method = runtime.Runtime.get().load_program(buffer).load_method("forward")
+    torch.testing.assert_close(method.execute([X])[0], theirs(X))
+
+
+def test_openvino() -> None:
+    openvino = package("openvino")
+    theirs, ours = taggers()
+    compiled = openvino.Core().compile_model(openvino.convert_model(decomposed(ours)), "CPU")
+    # It may compute in bfloat16.
+    torch.testing.assert_close(torch.from_numpy(compiled(X.numpy())[0]), theirs(X), rtol=1e-2, atol=1e-2)
+
+
+def test_thop() -> None:
+    thop, hooks = package("thop"), package("thop.rnn_hooks")
+    theirs, ours = taggers()
+    want = thop.profile(theirs, (X,), verbose=False)
+    rules = {fastgru.GRU: hooks.count_gru, fastgru.GRUCell: hooks.count_gru_cell}
+    assert thop.profile(ours, (X,), custom_ops=rules, verbose=False) == want
+    assert thop.profile(fastgru.revert(ours), (X,), verbose=False) == want
+
+
+def test_ptflops() -> None:
+    ptflops = package("ptflops")
+    options = {"as_strings": False, "print_per_layer_stat": False, "backend": "pytorch"}
+    theirs, ours = taggers()
+    assert ptflops.get_model_complexity_info(fastgru.revert(ours), (5, 8), **options) == (
+        ptflops.get_model_complexity_info(theirs, (5, 8), **options)
+    )
+
+
+def test_quantize_dynamic() -> None:
+    quantization = package("torch.ao.quantization")
+    _, ours = taggers()
+    quantized = quantization.quantize_dynamic(fastgru.revert(ours), {nn.GRU, nn.GRUCell, nn.Linear})
+    assert all("quantized" in type(m).__module__ for m in (quantized.gru, quantized.cell, quantized.out))
+    assert quantized(X).shape == (3, 4)
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(8, 16, batch_first=True)
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.out(self.gru(x)[0][:, -1])
+        return result
+
+
+def test_opacus() -> None:
+    opacus = package("opacus")
+
+    model = fastgru.convert(Classifier())
+    data = torch.utils.data.TensorDataset(torch.randn(12, 5, 8), torch.randint(4, (12,)))
+    private, optimizer, loader = opacus.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=torch.utils.data.DataLoader(data, batch_size=4),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        grad_sample_mode="ew",
+    )
+    before = model.gru.weight_hh_l0.detach().clone()
+    for x, labels in loader:
+        if len(x):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(private(x), labels).backward()
+            optimizer.step()
+    assert not torch.equal(before, model.gru.weight_hh_l0)
+    fixed = opacus.validators.ModuleValidator.fix(fastgru.revert(Classifier()))
+    assert type(fixed.gru).__name__ == "DPGRU"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgru._torch_private import recorded_within_operators
 from fastgru.backends import registry
 from fastgru.backends.reference import outside_autocast, without_gaps
 
@@ -32,9 +33,9 @@ def layer(train: bool, input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tens
         # The weights are where the user's module has them; they are gathered in a microsecond or two.
         warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
         if batch_sizes is None:
-            output, h_n = torch._VF.gru(input, hx.contiguous(), *options, False)
+            output, h_n = torch.gru(input, hx.contiguous(), *options, False)
         else:
-            output, h_n = torch._VF.gru(input, batch_sizes, hx.contiguous(), *options)
+            output, h_n = torch.gru(input, batch_sizes, hx.contiguous(), *options)
     return output.contiguous(), h_n
 
 
@@ -76,8 +77,8 @@ def keep_graph(
     *weights, batch_sizes = weights_and_batch_sizes
     leaves = [None if t is None else t.detach().requires_grad_() for t in (input, hx, *weights)]
     # An operator's kernel is called with autograd switched off beneath it.
-    recorded = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with recorded, torch.enable_grad():
+    assert recorded_within_operators is not None  # see _available
+    with recorded_within_operators(), torch.enable_grad():
         return layer(True, *leaves, batch_sizes), leaves  # type: ignore[arg-type]
 
 
@@ -98,6 +99,8 @@ def differentiate(
 def _available() -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no usable GPU; check the driver, and that this torch is built for your GPU"
+    if recorded_within_operators is None:
+        return "this torch has no torch._C._SetExcludeDispatchKeyGuard; use nn.GRU itself"
     if not torch.backends.cudnn.is_available():
         return "this torch is built without cuDNN; install a build from https://pytorch.org"
     return None if torch.backends.cudnn.enabled else "torch.backends.cudnn.enabled is False; set it to True"

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgru import _torch_private
 from fastgru.backends import registry
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -30,7 +31,7 @@ def outside_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not torch._C._is_any_autocast_enabled():
+        if not _torch_private.is_any_autocast_enabled():
             return function(*args, **kwargs)
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         with torch.autocast(device, enabled=False):

@@ -10,10 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias
 
-from fastgru import ops
+from fastgru import _torch_private, ops
+from fastgru.nn.scripting import torch_twin
 from fastgru.nn.seq2seq import Decoder
 from fastgru.ops.attention import ArgumentError, as_mask
 from fastgru.ops.nested import from_padded, to_padded
+
+# torch's own, whatever the name in torch.nn stands for later (see fastgru.patch).
+TorchMultiheadAttention = nn.MultiheadAttention
 
 _SCORES = ("dot", "general", "additive")
 
@@ -21,7 +25,7 @@ _SCORES = ("dot", "general", "additive")
 def _records() -> bool:
     """Whether there may be a backward pass. torch.jit.trace looks at a module with gradients and without, and wants the
     same operators."""
-    return torch.is_grad_enabled() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
+    return torch.is_grad_enabled() or (not torch.compiler.is_compiling() and _torch_private.is_tracing())
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -36,6 +40,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     Raises:
         AssertionError, RuntimeError, TypeError: as torch's.
     """
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torch_twin(self, MultiheadAttention, TorchMultiheadAttention)
 
     def forward(
         self,
@@ -364,6 +371,9 @@ class AttentionDecoder(Decoder):
             self.query = nn.Linear(hidden_dim, hidden_dim)
             self.weight = nn.Parameter(torch.empty(hidden_dim).uniform_(-(hidden_dim**-0.5), hidden_dim**-0.5))
         self.combine = nn.Linear(encoder_dim + hidden_dim, hidden_dim, bias=False)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError("torch.jit.script cannot compile fastgru.AttentionDecoder: use torch.jit.trace")
 
     def attend(
         self, states: Tensor, encoder_outputs: Tensor, source_lengths: Tensor | Sequence[int] | None = None

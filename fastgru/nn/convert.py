@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from fastgru._torch_private import dynamo_allowing_rnn
 from fastgru.backends import BackendUnavailable, select
 from fastgru.nn.attention import MultiheadAttention
 from fastgru.nn.gru import GRU, GRUCell, TorchGRU, TorchGRUCell
@@ -150,12 +152,9 @@ def patch() -> Iterator[None]:
     on what such code builds. Within, ``isinstance(module, torch.nn.GRU)`` is true for fastgru's modules, and false for
     torch's own.
     """
-    import torch._dynamo
-
     names = [(place, swap) for place in (torch.nn, torch.nn.modules) for swap in TABLE]
     before = [getattr(place, swap.original.__name__) for place, swap in names]
-    # Dynamo refuses instances of whatever is called torch.nn.GRU.
-    with torch._dynamo.config.patch(allow_rnn=True):
+    with dynamo_allowing_rnn():
         try:
             for place, swap in names:
                 setattr(place, swap.original.__name__, swap.replacement)
@@ -251,12 +250,27 @@ def _subclass(cls: type, source: type, target: type) -> type:
     def reduce(self: Any, protocol: Any) -> Any:
         # pickle and deepcopy find no class of this name: they are to make it again.
         reduced: Any = object.__reduce_ex__(self, protocol)
-        return _new, (cls, source, target), *reduced[2:]
+        return Converted, (cls, source, target), *reduced[2:]
 
     namespace = {**own, **names, "_fastgru_original": cls, "__reduce_ex__": reduce}
     return type(cls)(cls.__name__, (_Unannounced, target, cls), namespace)
 
 
-def _new(cls: type, source: type, target: type) -> Any:
-    """An instance for pickle to fill."""
-    return object.__new__(_subclass(cls, source, target))
+class Converted:
+    """What pickle and deepcopy make of a converted module of a class that has no name of its own; with its state it
+    becomes that. ``torch.load`` takes it if it is among the ``torch.serialization.add_safe_globals``.
+    """
+
+    _becomes: type
+
+    def __new__(cls, kind: type, source: type, target: type) -> Any:
+        made = _subclass(kind, source, target)
+        # What has slots cannot be of another class first.
+        instance: Any = object.__new__(cls if made.__basicsize__ == cls.__basicsize__ else made)
+        if type(instance) is cls:
+            instance._becomes = made
+        return instance
+
+    def __setstate__(self, state: Any) -> None:
+        self.__class__ = vars(self).pop("_becomes")
+        self.__setstate__(state)

@@ -8,13 +8,16 @@ from numbers import Integral, Real
 from typing import Any, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from fastgru import ops
+from fastgru._torch_private import takes_per_sample_gradients
+from fastgru.nn.scripting import torch_twin
 from fastgru.ops import direct
-from fastgru.ops.segments import Segments, batch_states, segment_states, segments
+from fastgru.ops.segments import Segments, batch_states, cut, segment_states
 
 # torch's own, whatever the names in torch.nn stand for later (see fastgru.patch).
 TorchGRU, TorchGRUCell = nn.GRU, nn.GRUCell
@@ -36,55 +39,10 @@ def _signature(
 ) -> None: ...
 
 
-def _checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
-    """As int64 [B] on the CPU."""
-    try:
-        tensor = torch.as_tensor(lengths, device=None if isinstance(lengths, Tensor) else "cpu").detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"lengths has to be a tensor or a sequence of integers, got {lengths!r}") from error
-    # An empty list is of no type.
-    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool):
-        raise TypeError(f"lengths has to be of an integer type, got {tensor.dtype}")
-    if tensor.shape != (batch,):
-        raise ValueError(f"lengths has to be of shape [B] = [{batch}], got {list(tensor.shape)}")
-    tensor = tensor.to("cpu", torch.int64)
-    wrong = ((tensor < 0) | (tensor > steps)).nonzero()
-    if wrong.numel():
-        row = int(wrong[0])
-        raise ValueError(f"lengths has to be between 0 and the {steps} steps of input, got {int(tensor[row])} at {row}")
-    return tensor
-
-
-def _checked_reset_mask(mask: Tensor, steps: int, batch: int, batch_first: bool) -> Tensor:
-    """As bool [T, B] on the CPU."""
-    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"reset_mask has to be a tensor of torch.bool, got {got}")
-    shape, names = ((batch, steps), "[B, T]") if batch_first else ((steps, batch), "[T, B]")
-    if mask.shape != shape:
-        raise ValueError(f"reset_mask has to be of shape {names} = {list(shape)}, got {list(mask.shape)}")
-    return (mask.t() if batch_first else mask).cpu()
-
-
 def _fx_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """One ``call_module`` node, as torch.fx makes of torch's own modules."""
     tracer = args[0].tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
-
-
-def _scriptable(module: nn.Module, own: type[nn.Module], original: type[nn.Module]) -> nn.Module:
-    """torch's module in the place of ours, on the same parameters, for TorchScript, which cannot compile ours."""
-    # fastgru.convert notes there what it made the class from.
-    if type(module) is not own and vars(type(module)).get("_fastgru_original") is not original:
-        raise RuntimeError(
-            f"torch.jit.script cannot compile {type(module).__name__}, which derives from fastgru.{own.__name__}: "
-            "call fastgru.revert(model) first, or derive it from torch.nn's class"
-        )
-    twin = original.__new__(original)
-    twin.__dict__ = {name: dict(value) if name == "_parameters" else value for name, value in vars(module).items()}
-    if isinstance(twin, nn.RNNBase):
-        twin._init_flat_weights()
-    return twin
 
 
 class GRU(nn.RNNBase):
@@ -116,7 +74,9 @@ class GRU(nn.RNNBase):
     """
 
     # On the class as well, for modules that fastgru.convert makes of others.
-    save_gates: bool = True
+    save_gates = True
+    # TorchScript would compile it, also where torch.jit.trace meets exported methods.
+    __jit_unused_properties__ = ["all_weights", "_flat_weights"]  # noqa: RUF012
 
     def __init__(self, *args: Any, save_gates: bool = True, **kwargs: Any) -> None:
         # Position 8 is RNNBase's proj_size: nn.GRU takes it there, and then fails at the first call.
@@ -129,7 +89,7 @@ class GRU(nn.RNNBase):
     __init__.__signature__ = inspect.signature(_signature)  # type: ignore[attr-defined]
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return _scriptable(self, GRU, TorchGRU)
+        return torch_twin(self, GRU, TorchGRU)
 
     def _slow_forward(self, input: Any, hx: Tensor | None = None, *rest: Any, **options: Any) -> Any:
         """What torch.jit.trace and the old ONNX exporter call in the place of ``forward``."""
@@ -264,10 +224,7 @@ class GRU(nn.RNNBase):
         T, B, _ = input.shape
         if T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        sizes = torch.full((B,), T, device="cpu") if lengths is None else _checked_lengths(lengths, T, B)
-        if reset_mask is not None:
-            reset_mask = _checked_reset_mask(reset_mask, T, B, self.batch_first)
-        parts = segments(sizes, torch.arange(B, device="cpu"), B, reset_mask, input.device)
+        parts = cut(input, lengths, None, reset_mask, self.batch_first)
         output, h_n = self._run_segments(input.reshape(T * B, input.size(2)), hx, B, parts)
         output = output.view(T, B, output.size(1))
         return (output.transpose(0, 1) if self.batch_first else output), h_n
@@ -279,13 +236,17 @@ class GRU(nn.RNNBase):
             )
         nested: Any = input
         offsets, lengths = nested.offsets(), nested.lengths()
-        sizes = (offsets.diff() if lengths is None else lengths).to("cpu", torch.int64)
-        parts = segments(sizes, offsets[:-1].to("cpu", torch.int64), 1, None, input.device)
-        output, h_n = self._run_segments(input.values(), hx, sizes.numel(), parts)
+        parts = cut(input.values(), lengths, offsets, None, False)
+        output, h_n = self._run_segments(input.values(), hx, offsets.size(0) - 1, parts)
         return torch.nested.nested_tensor_from_jagged(output, offsets, lengths), h_n
 
     def _run_segments(self, flat: Tensor, hx: Tensor | None, batch: int, parts: Segments) -> tuple[Tensor, Tensor]:
         """Output [rows of ``flat``, D * H], zero where no segment is, and h_n."""
+        if takes_per_sample_gradients(self._flat_weights):
+            raise RuntimeError(
+                "call_for_per_sample_grads takes rows for samples, which they are not with lengths, resets or nested "
+                "input: pass plain sequences, or one at a time"
+            )
         directions = 2 if self.bidirectional else 1
         expected = (self.num_layers * directions, batch, self.hidden_size)
         if hx is None:
@@ -298,12 +259,16 @@ class GRU(nn.RNNBase):
                 f"Input and hidden tensors are not at the same device, found input tensor at {flat.device} "
                 f"and hidden tensor at {hx.device}"
             )
-        if parts.row.numel() == 0:
+        if not parts.recorded and parts.row.numel() == 0:
             return flat.new_zeros(flat.size(0), directions * self.hidden_size), hx
+        rows, given = flat.size(0), hx
+        if parts.recorded:
+            # Room for the segment that stands for none.
+            flat, hx = F.pad(flat, (0, 0, 0, 1)), F.pad(hx, (0, 0, 0, 1))
         states = segment_states(hx, parts, directions)
         packed, h_n = self._run(flat.index_select(0, parts.positions), states, states.size(1), parts.batch_sizes)
         output = packed.new_zeros(flat.size(0), packed.size(1)).index_copy(0, parts.positions, packed)
-        return output, batch_states(h_n, hx, parts, directions)
+        return output[:rows], batch_states(h_n, given, parts, directions)
 
     def _forward_packed(self, input: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -370,7 +335,7 @@ class GRUCell(nn.GRUCell):
     """
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return _scriptable(self, GRUCell, TorchGRUCell)
+        return torch_twin(self, GRUCell, TorchGRUCell)
 
     def _slow_forward(self, *input: Any, **options: Any) -> Any:
         """What torch.jit.trace and the old ONNX exporter call in the place of ``forward``."""

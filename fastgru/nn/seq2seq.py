@@ -43,7 +43,7 @@ class _Decoder(_Encoder):
         self.out = nn.Linear(hidden_dim, vocab_size)
 
     def forward(self, input: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        output, hidden = super().forward(input, hidden)
+        output, hidden = self.rnn(self.embedding(input), hidden)
         return self.out(output[:, -1, :]), hidden
 
 

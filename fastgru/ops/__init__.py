@@ -2,6 +2,7 @@
 
 from fastgru.ops.additive import additive_attention
 from fastgru.ops.attention import attention_weights, flash_attention, scaled_dot_product_attention
+from fastgru.ops.decompositions import decompositions
 from fastgru.ops.flops import register_when_wanted
 from fastgru.ops.gru import gru, gru_cell
 
@@ -10,6 +11,7 @@ register_when_wanted()
 __all__ = [
     "additive_attention",
     "attention_weights",
+    "decompositions",
     "flash_attention",
     "gru",
     "gru_cell",

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
+from fastgru import _torch_private
+from fastgru._torch_private import forward_mode
 from fastgru.backends import reference_additive, registry
 from fastgru.ops.attention import ArgumentError, _autocast, _lengths, _tensor
 from fastgru.ops.schema import LIBRARY, _grad, call
@@ -128,7 +129,7 @@ def additive_attention(
     if keys == 0:
         return ((query * weight) @ key.mT) @ value
     arguments = (query, key, weight, value, k_lengths)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _torch_private.are_functorch_transforms_active() or forward_mode._current_level >= 0:
         return reference_additive.additive_differentiable(*arguments)
     output: Tensor = call(_forward, *arguments)[0]
     return output

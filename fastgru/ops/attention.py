@@ -16,16 +16,17 @@ from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fastgru import _lib
+from fastgru import _lib, _torch_private
+from fastgru._torch_private import forward_mode
 from fastgru.backends import gluon, registry
 from fastgru.backends.reference_attention import Attention, attention_differentiable, hiding_product, hiding_scores
 from fastgru.ops.attention_schema import (
     ATTENTION_OPS,
-    PLAIN_OPS,
     TENSORS,
     AttentionFunction,
     AttentionOps,
     plain_attention_with_gradients,
+    plain_forward,
 )
 from fastgru.ops.nested import from_padded, to_padded
 
@@ -131,7 +132,7 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
             raise TypeError(f"{name} must be a number, got a tensor of shape {list(value.shape)} and {value.dtype}")
-        tangent = forward_ad.unpack_dual(value).tangent if forward_ad._current_level >= 0 else None
+        tangent = forward_ad.unpack_dual(value).tangent if forward_mode._current_level >= 0 else None
         if tangent is not None or (value.requires_grad and torch.is_grad_enabled()):
             raise TypeError(f"{name} must be a number, got a tensor that requires a gradient, which is not computed")
     elif not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
@@ -180,7 +181,7 @@ def _lengths(name: str, lengths: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def _run(ops: AttentionOps, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or _torch_private.is_tracing():
         output, lse, _ = ops.forward(*arguments)
         return output, lse
     try:
@@ -189,7 +190,7 @@ def _run(ops: AttentionOps, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]
             if q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad):
                 return AttentionFunction.apply(ops, arguments[TENSORS:], *arguments[:TENSORS])  # type: ignore[no-any-return, no-untyped-call]
         # No gradient to record: below autograd, whose way through Python is longer than a small problem.
-        with torch._C._AutoDispatchBelowAutograd():
+        with _torch_private.below_autograd():
             output, lse, _ = ops.forward(*arguments)
         return output, lse
     except RuntimeError as error:
@@ -215,7 +216,7 @@ def _at_once(
     if _is_compiling():
         return None
     options = scale, causal, bottom_right, grouped
-    if _direct is not None and type(query) in _PLAIN and forward_ad._current_level < 0:
+    if _direct is not None and type(query) in _PLAIN and forward_mode._current_level < 0:
         backend = registry.selected("cpu", query.dtype)
         if backend is not None and backend.name == "cpu":
             output = _direct.attention(query, key, value, mask, *options)
@@ -225,13 +226,13 @@ def _at_once(
                 return output  # type: ignore[no-any-return]
     if (
         not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
-        or torch._C._len_torch_function_stack()
+        or _torch_private.len_torch_function_stack()
         or not (query.is_cpu and query.dim() == 4)
         or not (mask is None or (type(mask) is Tensor and mask.dtype is torch.bool))
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or _torch_private.is_any_autocast_enabled()
+        or _torch_private.is_tracing()
+        or _torch_private.are_functorch_transforms_active()
+        or forward_mode._current_level >= 0
     ):
         return None
     try:
@@ -239,7 +240,7 @@ def _at_once(
             return None
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             return plain_attention_with_gradients(query, key, value, mask, options)
-        return PLAIN_OPS.forward._op(query, key, value, mask, *options)[0]  # type: ignore[no-any-return]
+        return plain_forward(query, key, value, mask, *options)[0]  # type: ignore[no-any-return]
     except RuntimeError:
         return None
 
@@ -247,7 +248,7 @@ def _at_once(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As torch's operators take them: in the dtype of autocast, but for float64, which stays."""
     device = tensors[0].device.type
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+    if not _torch_private.is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors)
@@ -470,7 +471,7 @@ def flash_attention(
     if query.shape[1] == 0:
         scores = query @ key[:, :0].mT
         output, lse = scores @ value[:, :0], scores.sum(-1)
-    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    elif _torch_private.are_functorch_transforms_active() or forward_mode._current_level >= 0:
         output, lse = attention_differentiable(*arguments)
     else:
         output, lse = _run(_choose(arguments), arguments)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgru import _lib
+from fastgru import _lib, _torch_private
 from fastgru.backends import gluon, reference_attention, triton_attention
 from fastgru.backends.reference_attention import Attention, empty_like_layout
 from fastgru.ops.schema import LIBRARY, _grad, call
@@ -99,7 +99,7 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ops: AttentionOps, numbers: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with _torch_private.below_autograd():
             output, lse, statistics = ops.forward(*tensors, *numbers)
         ctx.set_materialize_grads(False)
         ctx.ops, ctx.numbers = ops, numbers
@@ -180,6 +180,7 @@ def _define_plain() -> AttentionOps:
 # What "cpu" computes, with few arguments: it takes longer to pass fifteen of them than to compute a small problem. The
 # mask is bool and may have fewer than four dimensions. No fake kernels and no autograd: compilers see the others.
 PLAIN_OPS = _define_plain()
+plain_forward, _plain_backward = map(_torch_private.without_wrapper, PLAIN_OPS)
 
 
 class PlainAttentionFunction(torch.autograd.Function):
@@ -193,7 +194,7 @@ class PlainAttentionFunction(torch.autograd.Function):
         # Not in a frame that Dynamo traces, as it does those below a break of its graph.
         direct = None if torch.compiler.is_compiling() else _lib.direct
         found = None if direct is None else direct.attention_train(query, key, value, mask, *options)
-        output, statistics = PLAIN_OPS.forward._op(query, key, value, mask, *options) if found is None else found
+        output, statistics = plain_forward(query, key, value, mask, *options) if found is None else found
         ctx.options = options
         ctx.save_for_backward(query, key, value, mask, output, statistics)
         return output  # type: ignore[no-any-return]
@@ -204,7 +205,7 @@ class PlainAttentionFunction(torch.autograd.Function):
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             arguments = grad, query, key, value, mask, *ctx.options, output, statistics
             found = None if _lib.direct is None else _lib.direct.attention_backward(*arguments)
-            return *(PLAIN_OPS.backward._op(*arguments) if found is None else found), None, None
+            return *(_plain_backward(*arguments) if found is None else found), None, None
         # To be differentiated again, or compiled, which the operator of all arguments can be.
         scale, causal, bottom_right, _ = ctx.options
         mask = None if mask is None else mask[(None,) * (4 - mask.dim())]
@@ -217,4 +218,4 @@ class PlainAttentionFunction(torch.autograd.Function):
 
 
 # Without Function's own wrapper, which is for the transforms of torch.func.
-plain_attention_with_gradients: Callable[..., Tensor] = super(torch.autograd.Function, PlainAttentionFunction).apply
+plain_attention_with_gradients: Callable[..., Tensor] = _torch_private.plain_apply(PlainAttentionFunction)

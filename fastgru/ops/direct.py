@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastgru import _lib
+from fastgru._torch_private import forward_mode
 from fastgru.backends import registry
 from fastgru.ops.schema import GRU_OPS, train_plainly
 
@@ -20,7 +20,7 @@ _direct = _lib.direct
 
 
 def _may_run(input: Tensor) -> bool:
-    if _direct is None or forward_ad._current_level >= 0:
+    if _direct is None or forward_mode._current_level >= 0:
         return False
     # At the first call there is none: the operators' way has it chosen.
     backend = registry.selected(input.device, input.dtype)

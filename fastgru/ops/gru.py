@@ -7,8 +7,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
+from fastgru import _torch_private
+from fastgru._torch_private import forward_mode, takes_per_sample_gradients
 from fastgru.backends import registry
 from fastgru.backends.reference import gru_differentiable
 from fastgru.ops.onnx import gru_node
@@ -65,10 +67,19 @@ def gru(
         BackendUnavailable: the backend asked for cannot run this.
 
     torch.func's transforms and forward-mode differentiation go, like double backward, through the reference backend's
-    differentiable composite, whichever backend is chosen.
+    differentiable composite, whichever backend is chosen. torch.nn.utils' per-sample gradients go through torch.gru.
     """
+    if has_torch_function(weights) and takes_per_sample_gradients(weights):
+        whole = batch_sizes is None
+        result: tuple[Tensor, Tensor] = torch.gru(  # type: ignore[call-overload]
+            *((input, hx) if whole else (input, batch_sizes, hx)),
+            list(weights),
+            *(has_biases, num_layers, dropout, train, bidirectional),
+            *((batch_first,) if whole else ()),
+        )
+        return result
     result_dtype = None
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
+    if _torch_private.is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
         input, hx, weights, result_dtype = _autocast(input, hx, weights)
     device, dtype = input.device, input.dtype
     for t in (hx, *weights):
@@ -93,10 +104,10 @@ def gru(
                 # What torch's linear function takes for a bias: a number, [1] or [1, 3H]. Else its error.
                 weights = [t.expand(1, width).squeeze(0) if i % 4 > 1 else t for i, t in enumerate(weights)]
                 break
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    transformed = _torch_private.are_functorch_transforms_active() or forward_mode._current_level >= 0
     compiling = torch.compiler.is_compiling()
     # What torch.jit.trace records has to be an operator, and the same one without gradients.
-    records_gates = save_gates and torch.is_grad_enabled() and (compiling or not torch._C._is_tracing())
+    records_gates = save_gates and torch.is_grad_enabled() and (compiling or not _torch_private.is_tracing())
     exporting_onnx = compiling and torch.onnx.is_in_onnx_export()
     backend = registry.select(device, dtype)
     if backend.wins is not None:

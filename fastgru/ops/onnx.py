@@ -10,6 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+WHOLE_BATCHES_ONLY = (
+    "torch.onnx.export takes a fastgru.GRU on whole batches, not on packed input, lengths, resets or nested tensors"
+)
+
 
 def gru_node(input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
     """A ``GRU`` node: output [T, B, D * H] and h_n [D, B, H], from the arguments of the operators.
@@ -25,7 +29,7 @@ def gru_node(input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tensor | None)
     """
     *weights, batch_sizes = weights_and_batch_sizes
     if batch_sizes is not None:
-        raise RuntimeError("torch.onnx.export takes a fastgru.GRU on whole batches, not on packed input or lengths")
+        raise RuntimeError(WHOLE_BATCHES_ONLY)
     T, B, _ = input.shape
     D, _, H = hx.shape
     w_ih, w_hh, b_ih, b_hh = zip(weights[:4], weights[4:], strict=True)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgru import _lib
+from fastgru import _lib, _torch_private
 from fastgru.backends import cuda, cudnn, reference, triton
 
 LIBRARY = torch.library.Library("fastgru", "DEF")
@@ -174,7 +174,7 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
     step of a small GRU; in inference mode torch does so itself."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return op(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _torch_private.below_autograd():
         return op(*arguments)
 
 
@@ -275,7 +275,7 @@ class TrainFunction(torch.autograd.Function):
 
 
 # Without Function's own wrapper, which is for the transforms of torch.func.
-train_plainly: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, TrainFunction).apply
+train_plainly: Callable[..., tuple[Tensor, Tensor]] = _torch_private.plain_apply(TrainFunction)
 
 
 class KeptGraphFunction(torch.autograd.Function):
