@@ -1,10 +1,13 @@
 """Attention backward, in two kernels without atomics: by query tile for dq (and dbias), by key tile for dk and dv.
 
-    p = exp(s - lse_i)    dp = drop(do_i . v_j)    ds = p (dp - delta_i)    dx = ds (1 - tanh^2), with softcap
+    p = 2^(c(s - m_i)) / l_i    dp = drop(do_i . v_j)    ds = p (dp - delta_i)    dx = ds (1 - tanh^2), with softcap
     dq_i = scale sum_j dx k_j    dk_j = scale sum_i dx q_i    dv_j = sum_i drop(p) do_i    dbias_ij = ds
 
+with c, m and l of attn_fwd.py. A row whose l is 1 sees one key, or next to it no weights that 1 is not rounded by; that
+leaves ds = p dlse_i, exactly 0 mostly: dp of such a row is taken to be 0, and delta, too, but for dlse.
+
 Pointers as in attn_fwd.py, and:
-    d_out like out; delta [B, Hq, Lq] float32 contiguous: do_i . o_i - dlse_i; dq, dk, dv like q, k, v
+    d_out like out; dq, dk, dv like q, k, v; delta [B, Hq, Lq] float32 contiguous: do_i . o_i, 0 if l_i = 1, less dlse_i
     d_bias [B, Hq, Lq, Lk] float32 contiguous: ds of every score, summed over what is broadcast by the caller
 """
 
@@ -15,21 +18,26 @@ from fastgru.kernels.attn_common import dropout_keep, finite, hide, key_range, l
 
 @triton.jit
 def score_gradients(
-    q_tile, k_tile, v_tile, do_tile, i, j, row_lse, row_delta, bias, mask, slope, seed, row,
-    q_length, k_length, diagonal, bias_l, bias_k, mask_l, mask_k, scale, softcap, window_left, window_right,
+    q_tile, k_tile, v_tile, do_tile, i, j, top, total, row_delta, bias, mask, slope, seed, row,
+    q_length, k_length, diagonal, bias_l, bias_k, mask_l, mask_k, scale, factor, softcap, window_left, window_right,
     drop_below, keep_scale,
-    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    IN_PRODUCTS: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """drop(p), ds and dx of a tile, [BLOCK_M, BLOCK_N]."""
-    x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+    x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     s, t = scores(
-        x, i, j, bias, mask, slope, q_length, k_length, diagonal, bias_l, bias_k, mask_l, mask_k, softcap,
-        SOFTCAP, BIAS, MASK, ALIBI, LEFT, RIGHT, window_left, window_right,
+        x, i, j, bias, mask, slope, q_length, k_length, diagonal, bias_l, bias_k, mask_l, mask_k, scale, softcap,
+        IN_PRODUCTS, SOFTCAP, BIAS, MASK, ALIBI, LEFT, RIGHT, window_left, window_right,
     )  # fmt: skip
-    # exp(s - inf) is 0: a row that saw nothing.
-    p = tl.exp(s - tl.where(row_lse == float("-inf"), float("inf"), row_lse)[:, None])
+    # No score is above the maximum; of large ones the last bits may say so, where the forward pass had another matrix
+    # instruction.
+    below = tl.minimum(s - top[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    empty = total == 0.0
+    inverse = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
+    p = tl.exp2(below * factor) * inverse[:, None]
     dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+    dp = tl.where((total == 1.0)[:, None], 0.0, dp)
     dropped = p
     if DROPOUT:
         keep = dropout_keep(tl.load(seed), row, j, drop_below)
@@ -44,13 +52,14 @@ def score_gradients(
 
 @triton.jit
 def attention_backward_queries(
-    q, k, v, d_out, lse, delta, dq, d_bias, bias, mask, slopes, q_lengths, k_lengths, seed,
+    q, k, v, d_out, statistics, delta, dq, d_bias, bias, mask, slopes, q_lengths, k_lengths, seed,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, dq_b, dq_h, dq_l,
     bias_b, bias_h, bias_l, bias_k, mask_b, mask_h, mask_l, mask_k, slope_b,
     heads, group, queries, keys, columns, value_columns,
-    scale, softcap, window_left, window_right, drop_below, keep_scale,
-    BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, HAS_Q: tl.constexpr, HAS_K: tl.constexpr,
+    scale, factor, softcap, window_left, window_right, drop_below, keep_scale,
+    BOTTOM_RIGHT: tl.constexpr, IN_PRODUCTS: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    MASK: tl.constexpr, ALIBI: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_Q: tl.constexpr, HAS_K: tl.constexpr,
     BIAS_GRAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +77,9 @@ def attention_backward_queries(
     q_tile = tl.load(at, mask=seen & (d[None, :] < columns), other=0.0)
     at = d_out + b64 * do_b + h64 * do_h + i[:, None].to(tl.int64) * do_l + dv[None, :]
     do_tile = tl.load(at, mask=seen & (dv[None, :] < value_columns), other=0.0)
-    row_lse = tl.load(lse + row, mask=i < q_length, other=float("-inf"))
+    all_rows = (tl.num_programs(0) // tiles).to(tl.int64) * queries
+    top = tl.load(statistics + row, mask=i < q_length, other=0.0)
+    total = tl.load(statistics + all_rows + row, mask=i < q_length, other=0.0)
     row_delta = tl.load(delta + row, mask=i < q_length, other=0.0)
     bias += b64 * bias_b + h64 * bias_h
     mask += b64 * mask_b + h64 * mask_h
@@ -87,9 +98,10 @@ def attention_backward_queries(
         v_at = v + j[:, None].to(tl.int64) * v_l + dv[None, :]
         v_tile = tl.load(v_at, mask=exists & (dv[None, :] < value_columns), other=0.0)
         _, ds, dx = score_gradients(
-            q_tile, k_tile, v_tile, do_tile, i, j, row_lse, row_delta, bias, mask, slope, seed, row,
-            q_length, k_length, diagonal, bias_l, bias_k, mask_l, mask_k, scale, softcap, window_left, window_right,
-            drop_below, keep_scale, SOFTCAP, BIAS, MASK, ALIBI, LEFT, RIGHT, DROPOUT, PRECISION,
+            q_tile, k_tile, v_tile, do_tile, i, j, top, total, row_delta, bias, mask, slope, seed, row,
+            q_length, k_length, diagonal, bias_l, bias_k, mask_l, mask_k, scale, factor, softcap, window_left,
+            window_right, drop_below, keep_scale,
+            IN_PRODUCTS, SOFTCAP, BIAS, MASK, ALIBI, LEFT, RIGHT, DROPOUT, PRECISION,
         )  # fmt: skip
         if BIAS_GRAD:
             tl.store(d_bias + row[:, None] * keys + j[None, :], ds, mask=seen & (j[None, :] < k_length))
@@ -100,13 +112,14 @@ def attention_backward_queries(
 
 @triton.jit
 def attention_backward_keys(
-    q, k, v, d_out, lse, delta, dk, dv, bias, mask, slopes, q_lengths, k_lengths, seed,
+    q, k, v, d_out, statistics, delta, dk, dv, bias, mask, slopes, q_lengths, k_lengths, seed,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     bias_b, bias_h, bias_l, bias_k, mask_b, mask_h, mask_l, mask_k, slope_b,
     heads, group, queries, keys, columns, value_columns,
-    scale, softcap, window_left, window_right, drop_below, keep_scale,
-    BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, HAS_Q: tl.constexpr, HAS_K: tl.constexpr,
+    scale, factor, softcap, window_left, window_right, drop_below, keep_scale,
+    BOTTOM_RIGHT: tl.constexpr, IN_PRODUCTS: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    MASK: tl.constexpr, ALIBI: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_Q: tl.constexpr, HAS_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -126,6 +139,7 @@ def attention_backward_keys(
 
     dk_sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_sums = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    all_rows = (tl.num_programs(0) // tiles).to(tl.int64) * group * queries
     # The rows that may see one of these keys.
     begin, end = 0, q_length
     if RIGHT:
@@ -145,13 +159,15 @@ def attention_backward_keys(
             q_tile = tl.load(q_at, mask=seen & (d[None, :] < columns), other=0.0)
             do_at = d_out + b64 * do_b + h64 * do_h + i[:, None].to(tl.int64) * do_l + dc[None, :]
             do_tile = tl.load(do_at, mask=seen & (dc[None, :] < value_columns), other=0.0)
-            row_lse = tl.load(lse + row, mask=i < q_length, other=float("-inf"))
+            top = tl.load(statistics + row, mask=i < q_length, other=0.0)
+            total = tl.load(statistics + all_rows + row, mask=i < q_length, other=0.0)
             row_delta = tl.load(delta + row, mask=i < q_length, other=0.0)
             dropped, _, dx = score_gradients(
-                q_tile, k_tile, v_tile, do_tile, i, j, row_lse, row_delta, bias + b64 * bias_b + h64 * bias_h,
+                q_tile, k_tile, v_tile, do_tile, i, j, top, total, row_delta, bias + b64 * bias_b + h64 * bias_h,
                 mask + b64 * mask_b + h64 * mask_h, slope, seed, row,
-                q_length, k_length, diagonal, bias_l, bias_k, mask_l, mask_k, scale, softcap, window_left,
-                window_right, drop_below, keep_scale, SOFTCAP, BIAS, MASK, ALIBI, LEFT, RIGHT, DROPOUT, PRECISION,
+                q_length, k_length, diagonal, bias_l, bias_k, mask_l, mask_k, scale, factor, softcap, window_left,
+                window_right, drop_below, keep_scale,
+                IN_PRODUCTS, SOFTCAP, BIAS, MASK, ALIBI, LEFT, RIGHT, DROPOUT, PRECISION,
             )  # fmt: skip
             # The branch in hide lies between the two products, which together take more registers than there are.
             dv_sums += tl.dot(tl.trans(dropped).to(do_tile.dtype), finite(do_tile), input_precision=PRECISION)

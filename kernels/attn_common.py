@@ -53,7 +53,9 @@ def scores(
     bias_k,
     mask_l,
     mask_k,
+    scale,
     softcap,
+    IN_PRODUCTS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
     MASK: tl.constexpr,
@@ -63,11 +65,14 @@ def scores(
     window_left,
     window_right,
 ):
-    """Scores of a tile from its scaled products x, -inf where hidden, and the softcapped tanh.
+    """Scores of a tile from its products x, -inf where hidden, and the softcapped tanh; in units of the products, not
+    scaled, where IN_PRODUCTS.
 
     i, j: [BLOCK_M], [BLOCK_N] positions; bias, mask: pointers to the head's first score; diagonal: the key on the
     diagonal of query 0.
     """
+    if not IN_PRODUCTS:
+        x = x * scale
     t = x
     if SOFTCAP:
         # tanh by exp: plain language, exact enough in float32 and free of overflow.
@@ -91,6 +96,10 @@ def scores(
         added = tl.load(at, mask=visible, other=0.0).to(tl.float32)
         visible &= added != float("-inf")
         x += added
+    if not (IN_PRODUCTS or ALIBI or BIAS):
+        # The last step is a multiplication, which must not be fused with what is done to a score: a maximum would be
+        # rounded, and what is taken from it not.
+        x += 0.0
     return tl.where(visible, x, float("-inf")), t
 
 

@@ -1,14 +1,21 @@
 """Attention forward: o_i = sum_j p_ij v_j, p = softmax(s), with a running maximum and sum over tiles of keys.
 
-    m' = max(m, max_j s)    l' = l e^(m - m') + sum_j e^(s - m')    o' = o e^(m - m') + sum_j drop(e^(s - m')) v_j
+    m' = max(m, max_j s)    l' = l 2^(c(m - m')) + sum_j 2^(c(s - m'))
+                            o' = o 2^(c(m - m')) + sum_j drop(2^(c(s - m'))) v_j
+
+c, ``factor``, is log2(e); or scale log2(e) where s and m are in units of the products q . k (IN_PRODUCTS). Exponents
+are multiples of differences, never differences of multiples, whose rounding is that of the score: so they are exact for
+scores of any size.
 
 One program per tile of queries of one head and per split of its keys; the scores are those of attn_common.py. With
-several splits (few queries, many keys) each writes its own out and lse, in float32, which the caller joins. Pointers:
+several splits (few queries, many keys) each writes its own out, in float32, and its own statistics, and no lse: the
+caller joins them. Pointers:
     q [B, Hq, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv], out [B, Hq, Lq, Dv]: any strides but that of the last, 1
-    lse [B, Hq, Lq] contiguous, float32; of split n: out and lse lie split_o and split_lse elements further each
+    lse [B, Hq, Lq] and statistics [2, B, Hq, Lq], m and l, both 0 where a row saw nothing: contiguous, float32
+    of split n: out and statistics lie split_o and split_statistics elements further each
     bias, mask: [B, Hq, Lq, Lk], strides 0 where broadcast; slopes [B or 1, Hq] float32; q_lengths, k_lengths [B] int64
     seed: one int64
-Saved for backward: out and lse.
+Saved for backward: out and statistics.
 """
 
 import triton
@@ -18,13 +25,14 @@ from fastgru.kernels.attn_common import dropout_keep, finite, hide, key_range, l
 
 @triton.jit
 def attention_forward(
-    q, k, v, out, lse, bias, mask, slopes, q_lengths, k_lengths, seed,
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, split_o, split_lse,
+    q, k, v, out, lse, statistics, bias, mask, slopes, q_lengths, k_lengths, seed,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, split_o, split_statistics,
     bias_b, bias_h, bias_l, bias_k, mask_b, mask_h, mask_l, mask_k, slope_b,
     heads, group, queries, keys, columns, value_columns,
-    scale, softcap, window_left, window_right, drop_below, keep_scale,
-    BOTTOM_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, HAS_Q: tl.constexpr, HAS_K: tl.constexpr,
+    scale, factor, softcap, window_left, window_right, drop_below, keep_scale,
+    BOTTOM_RIGHT: tl.constexpr, IN_PRODUCTS: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    MASK: tl.constexpr, ALIBI: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_Q: tl.constexpr, HAS_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -53,22 +61,22 @@ def attention_forward(
     begin += split * share
     end = tl.minimum(end, begin + share)
     out += split.to(tl.int64) * split_o
-    lse += split.to(tl.int64) * split_lse
+    statistics += split.to(tl.int64) * split_statistics
     for j0 in range(begin, end, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
         exists = j[:, None] < k_length
         k_tile = tl.load(
             k + j[:, None].to(tl.int64) * k_l + d[None, :], mask=exists & (d[None, :] < columns), other=0.0
         )
-        x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         s, _ = scores(
-            x, i, j, bias, mask, slope, q_length, k_length, diagonal, bias_l, bias_k, mask_l, mask_k, softcap,
-            SOFTCAP, BIAS, MASK, ALIBI, LEFT, RIGHT, window_left, window_right,
+            x, i, j, bias, mask, slope, q_length, k_length, diagonal, bias_l, bias_k, mask_l, mask_k, scale, softcap,
+            IN_PRODUCTS, SOFTCAP, BIAS, MASK, ALIBI, LEFT, RIGHT, window_left, window_right,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(s, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp(s - base[:, None])
-        decay = tl.exp(top - base)
+        p = tl.exp2((s - base[:, None]) * factor)
+        decay = tl.exp2((top - base) * factor)
         total = total * decay + tl.sum(p, 1)
         top = new_top
         if DROPOUT:
@@ -83,5 +91,13 @@ def attention_forward(
     o = sums * tl.where(empty, 0.0, keep_scale / tl.where(empty, 1.0, total))[:, None]
     at = out + b64 * o_b + h64 * o_h + i[:, None].to(tl.int64) * o_l + dv[None, :]
     tl.store(at, o.to(out.dtype.element_ty), mask=(i[:, None] < queries) & (dv[None, :] < value_columns))
-    row_lse = tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total)))
-    tl.store(lse + (b64 * heads + h) * queries + i, row_lse, mask=i < queries)
+    row = (b64 * heads + h) * queries + i
+    all_rows = (tl.num_programs(0) // tiles).to(tl.int64) * queries
+    # -inf: nothing was seen, or nothing but NaN.
+    reference = tl.where(top == float("-inf"), 0.0, top)
+    tl.store(statistics + row, reference, mask=i < queries)
+    tl.store(statistics + all_rows + row, total, mask=i < queries)
+    if tl.num_programs(1) == 1:
+        largest = reference * scale if IN_PRODUCTS else reference
+        row_lse = tl.where(empty, float("-inf"), largest + tl.log(tl.where(empty, 1.0, total)))
+        tl.store(lse + row, row_lse, mask=i < queries)

@@ -1,17 +1,16 @@
 """Attention backward for Hopper, in one pass: five products for a block of queries and a block of keys, not seven.
 
-    p_ij = 2^(c q_i . k_j - lse_i log2(e))    dp_ij = do_i . v_j    ds_ij = p_ij (dp_ij - delta_i)
+    p_ij = 2^(c (q_i . k_j - m_i)) / l_i    dp_ij = do_i . v_j    ds_ij = p_ij (dp_ij - delta_i)
     dv_j = sum_i p_ij do_i    dk_j = scale sum_i ds_ij q_i    dq_i = scale sum_j ds_ij k_j
 
-with delta_i = do_i . o_i - dlse_i and c = scale log2(e) > 0. p is 0 where row i does not see key j; which it sees,
-reach and the diagonal are those of attn_sm90_fwd.py.
+with delta_i = do_i . o_i - dlse_i, c = scale log2(e) > 0, and m and l of attn_sm90_fwd.py. p is 0 where row i does not
+see key j; which it sees, reach and the diagonal are those of attn_sm90_fwd.py, too.
 
 One program per multiprocessor takes blocks of BLOCK_N keys of one key head, one after the other, as the plan says that
 the small kernel before it has written. For each it goes through the blocks of queries that see some of its keys, for
 every query head of the group. Two warpgroups compute, on scores that lie transposed, [keys, queries]: so p and ds go
 from registers into the products for dv and dk, whose sums stay in registers. A third group holds two warps: one has TMA
-fetch the tiles, through rings as in attn_sm90_fwd.py; the other has TMA add dq to float32 sums in memory. Products of
-scores and of dp begin with what is to be subtracted.
+fetch the tiles, through rings as in attn_sm90_fwd.py; the other has TMA add dq to float32 sums in memory.
 
 With D = 64 and 128 a block has 128 keys, of which each warpgroup computes 64 (consume_keys). ds also goes to shared
 memory, because dq sums over the keys of both: each computes half of dq, half of its columns or, of 128 queries, half of
@@ -44,16 +43,20 @@ are waited for until they are written, which makes them visible to the warp that
 counter with release. One warp does all this, so that a warp barrier orders its threads.
 
 Descriptors, made by the host: q, do [B, Hq, Lq, D] in tiles of BLOCK_M rows; k, v, dk, dv [B, Hk, Lk, D] in tiles of
-64; all in tiles of D columns, of 128 with D = 256; stats [B, Hq, 2, L] float32, L a multiple of 128, in tiles of
+64; all in tiles of D columns, of 128 with D = 256; stats [B, Hq, 4, L] float32, L a multiple of 128, in tiles of
 BLOCK_M columns; dq [B, Hq, Lq, D] float32 in tiles of 64 x 64, zero at first, without the factor scale. What lies
 beyond a tensor reads as 0 and is not written. Pointers: turns [B, Hq, ceil(Lq / BLOCK_M)] int32, zero at first: the
 counters; plan [rounds + 1, programs, FIELDS] int32. scale is c. PARTS: how many tiles make the columns of a row.
-Saved by the forward pass: o and lse.
+Saved by the forward pass: o and statistics.
 
-Hidden NaN and infinity: scores begin with -inf and dp with 0 where a query does not see a key, so p and ds are 0 there,
+Products of scores begin with 0, so that they have the bits that they had in the forward pass: little else is left of
+large ones when m is taken from them. Those of dp begin with -delta: so ds of a row that sees one key is what dp was
+rounded by, not 0.
+
+Hidden NaN and infinity: scores are -inf and dp begins with 0 where a query does not see a key, so p and ds are 0 there,
 but 0 hides no NaN of the q, k, v and do that it meets. So NaN and infinity are taken out of keys and values, and, in a
 block of which not every row sees every key, out of q and do. Where they may be seen they come back by stats: a row
-whose lse or delta is not finite has NaN in all its p. For this every product q_i . k_j and do_i . v_j has to be finite
+whose l or delta is not finite has NaN in all its p. For this every product q_i . k_j and do_i . v_j has to be finite
 in float32.
 """
 
@@ -204,7 +207,7 @@ def half_of(at, heads, HALF: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.co
 
 @gluon.jit
 def hide(x, value, at, j0, i0):
-    """What the sums of 64 keys from j0 on and the queries from i0 on begin with: ``value`` where a query does not see a
+    """x [64, queries], of the keys from j0 on and the queries from i0 on, with ``value`` where a query does not see a
     key. As keep_below of attn_sm90_common.py, by the first column that sees each row."""
     layout: gl.constexpr = x.type.layout
     parts = x.reshape([x.shape[0], x.shape[1] // 8, 8])
@@ -242,15 +245,16 @@ def fence_async_global():
 
 @gluon.jit
 def attention_backward_rows(
-    o_desc, do_desc, lse, d_lse, stats, plan, q_lengths, k_lengths, flags, right, section, programs, heads, keys,
-    padded, scale, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    o_desc, do_desc, statistics, d_lse, stats, plan, q_lengths, k_lengths, flags, right, section, programs, heads, keys,
+    padded, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """Before the other kernel: what the sums of each row of queries begin with, and the plan.
+    """Before the other kernel: what is taken from the scores and dp of each row of queries, and the plan.
 
-    Descriptors: o, do [B, Hq, Lq, D] in tiles of 64 rows and up to 128 columns. Pointers: lse and, or null (bit 3 of
-    ``flags``), d_lse [B, Hq, Lq] float32 contiguous; stats [B, Hq, 2, padded], written: -lse / c, log2(e) times, and
-    -delta. A row that sees nothing has -inf and 0; one with NaN or infinity in o or do has NaN first, which makes its p
-    NaN. plan [tiles, FIELDS] int32, written. Programs: enough for the rows, 64 each, and for the plan, 128 tiles each.
+    Descriptors: o, do [B, Hq, Lq, D] in tiles of 64 rows and up to 128 columns. Pointers: statistics and, or null (bit
+    3 of ``flags``), d_lse [B, Hq, Lq] float32 contiguous; stats [B, Hq, 4, padded], written: what products of scores
+    begin with, m, 1 / l and -delta. The first is 0; -inf for a row that sees nothing; and NaN for one with NaN or
+    infinity in o, do or l, whose p become NaN. plan [tiles, FIELDS] int32, written. Programs: enough for the rows, 64
+    each, and for the plan, 128 tiles each.
     """
     COLUMNS: gl.constexpr = o_desc.block_shape[3]
     PARTS: gl.constexpr = 2 * ROWS // BLOCK_N
@@ -276,7 +280,9 @@ def attention_backward_rows(
             tma.async_load(do_desc, [b, h, i0, part * COLUMNS], full, do_tiles.index(part))
         i = i0 + gl.arange(0, 64, gl.SliceLayout(1, layout))
         row = head.to(gl.int64) * queries + i
-        row_lse = gl.load(lse + row, mask=i < queries, other=float("-inf"))
+        top = gl.load(statistics + row, mask=i < queries, other=0.0)
+        all_rows = (batch * query_heads).to(gl.int64) * queries
+        total = gl.load(statistics + all_rows + row, mask=i < queries, other=0.0)
         row_d_lse = gl.load(d_lse + row, mask=(i < queries) & (flags & 8 != 0), other=0.0)
         mbarrier.wait(full, 0)
         delta = -row_d_lse
@@ -284,11 +290,13 @@ def attention_backward_rows(
             out = o_tiles.index(part).reshape([64, COLUMNS]).load(layout).to(gl.float32)
             d_out = do_tiles.index(part).reshape([64, COLUMNS]).load(layout).to(gl.float32)
             delta += gl.sum(out * d_out, 1)
-        empty = row_lse == float("-inf")
-        first = gl.where(delta - delta == 0.0, row_lse * (-1.4426950408889634 / scale), float("nan"))
-        at = stats + head.to(gl.int64) * 2 * padded + i
-        gl.store(at, gl.where(empty, float("-inf"), first))
-        gl.store(at + padded, gl.where(empty, 0.0, -delta))
+        empty = total == 0.0
+        sound = (delta - delta == 0.0) & (total - total == 0.0)
+        at = stats + head.to(gl.int64) * 4 * padded + i
+        gl.store(at, gl.where(empty, float("-inf"), gl.where(sound, 0.0, float("nan"))))
+        gl.store(at + padded, gl.where(sound, top, 0.0))
+        gl.store(at + 2 * padded, gl.where(sound & (total > 0.0), 1.0 / gl.where(empty, 1.0, total), 0.0))
+        gl.store(at + 3 * padded, gl.where(empty, 0.0, -delta))
 
 
 @gluon.jit
@@ -430,7 +438,7 @@ def consume_keys(
             ds_phase = done // DS_STAGES & 1
             q = q_ring.index(slot).reshape([BLOCK_M, D])
             do = do_ring.index(slot).reshape([BLOCK_M, D])
-            stats = stats_ring.index(slot).reshape([2, BLOCK_M])
+            stats = stats_ring.index(slot).reshape([4, BLOCK_M])
             own = ds_ring.index(2 * ds_slot + WHO)
             other = ds_ring.index(2 * ds_slot + 1 - WHO)
 
@@ -446,16 +454,25 @@ def consume_keys(
                 fence_async_shared()
                 gl.barrier()
             s, _ = gl.broadcast(stats.slice(0, 1).load(scores), no_scores)
-            dp, _ = gl.broadcast(stats.slice(1, 1).load(scores), no_scores)
+            dp, _ = gl.broadcast(stats.slice(3, 1).load(scores), no_scores)
             if part:
                 j0 = half_of(at, 1, WHO, 2 * ROWS, D)[2]
-                s = hide(s, float("-inf"), at, j0, i * BLOCK_M)
+                if BLOCK_M == 64:
+                    s = hide(s, float("-inf"), at, j0, i * BLOCK_M)
                 dp = hide(dp, 0.0, at, j0, i * BLOCK_M)
             s = warpgroup_mma(k, q.permute([1, 0]), s, is_async=True)
             dp = warpgroup_mma(v, do.permute([1, 0]), dp, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
+            s -= stats.slice(1, 1).load(scores)
+            # Not before: of 128 queries that takes more registers than there are. Of 64 products would wait for each
+            # other if it were done here.
+            if BLOCK_M == 128:  # noqa: SIM102
+                if part:
+                    s = hide(s, float("-inf"), at, half_of(at, 1, WHO, 2 * ROWS, D)[2], i * BLOCK_M)
             p = gl.exp2(s * scale)
             dp = warpgroup_mma_wait(0, deps=[dp])
+            # Not before: the registers that it needs are those of what was taken from the scores.
+            p *= stats.slice(2, 1).load(scores)
             slopes = (p * dp).to(dtype)
             weights = gl.convert_layout(p.to(dtype), operand, assert_trivial=True)
             dv = warpgroup_mma(weights, do, dv, is_async=True)
@@ -549,7 +566,7 @@ def consume_columns(
             phase = done // STAGES & 1
             ds_slot = done % DS_STAGES
             ds_phase = done // DS_STAGES & 1
-            stats = stats_ring.index(slot).reshape([2, BLOCK_M]).slice(OWN, HALF, dim=1)
+            stats = stats_ring.index(slot).reshape([4, BLOCK_M]).slice(OWN, HALF, dim=1)
             weights_room = ds_ring.index(2 * ds_slot)
             slopes_room = ds_ring.index(2 * ds_slot + 1)
 
@@ -566,7 +583,7 @@ def consume_columns(
                 fence_async_shared()
                 gl.barrier()
             s, _ = gl.broadcast(stats.slice(0, 1).load(scores), no_scores)
-            dp, _ = gl.broadcast(stats.slice(1, 1).load(scores), no_scores)
+            dp, _ = gl.broadcast(stats.slice(3, 1).load(scores), no_scores)
             if part:
                 j0 = half_of(at, 1, WHO, ROWS, COLUMNS)[2]
                 s = hide(s, float("-inf"), at, j0, i * BLOCK_M + OWN)
@@ -578,7 +595,7 @@ def consume_columns(
                 do = columns_of(do_ring, slot, half, COLUMNS).slice(OWN, HALF)
                 dp = warpgroup_mma(columns_of(v_room, 0, half, COLUMNS), do.permute([1, 0]), dp, is_async=True)
             s = warpgroup_mma_wait(2, deps=[s])
-            p = gl.exp2(s * scale)
+            p = gl.exp2((s - stats.slice(1, 1).load(scores)) * scale) * stats.slice(2, 1).load(scores)
             q = columns_of(q_ring, slot, WHO, COLUMNS)
             do = columns_of(do_ring, slot, WHO, COLUMNS)
             weights = gl.convert_layout(p.to(dtype), operand, assert_trivial=True)

@@ -114,11 +114,12 @@ def keep_below(s, limit):
 @gluon.jit
 def softmax_step(s, top, total, scale):
     """Weights of a block of scores [ROWS, BLOCK_N], the new maximum and sum, and what earlier sums shrink by. ``scale``
-    includes log2(e)."""
+    includes log2(e). Differences are taken before they are scaled: exact for scores of any size, which a difference of
+    products, an instruction less, is not."""
     new_top = gl.maximum(top, gl.max(s, 1))
-    base = gl.where(new_top == float("-inf"), 0.0, new_top * scale)
-    p = gl.exp2(s * scale - base[:, None])
-    decay = gl.exp2(top * scale - base)
+    base = gl.where(new_top == float("-inf"), 0.0, new_top)
+    p = gl.exp2((s - base[:, None]) * scale)
+    decay = gl.exp2((top - base) * scale)
     return p, new_top, total * decay + gl.sum(p, 1), decay
 
 

@@ -2,7 +2,7 @@
 
     m' = max(m, max_j s)    l' = l 2^(c(m - m')) + sum_j 2^(c(s - m'))    o' = o 2^(c(m - m')) + sum_j 2^(c(s - m')) v_j
 
-with s = q_i . k_j and c = scale log2(e) > 0; lse = (c m + log2 l) ln 2. reach = right + 1 + diagonal; the diagonal is
+with s = q_i . k_j and c = scale log2(e) > 0; lse = c ln 2 m + ln l. reach = right + 1 + diagonal; the diagonal is
 k_length - q_length (bottom right) or 0 (top left); right is 0 for causal attention and large for none.
 
 One program per multiprocessor takes tiles of 128 queries of one head, one after the other. Of its three warpgroups the
@@ -22,10 +22,10 @@ weights; with D = 256 and BLOCK_N = 64 that is 176. So that the others suffice, 
 when it needs it, from shared memory; and see query_tile.
 
 Descriptors, made by the host: q, o [B, Hq, Lq, D] in tiles of 64 rows, k, v [B, Hk, Lk, D] in tiles of BLOCK_N; what
-lies beyond a tensor reads as 0 and is not written. Pointers: lse [B, Hq, Lq] float32 contiguous; q_lengths and
-k_lengths [B] int64. Numbers: ``flags``, 1 if q_lengths are given, + 2 if k_lengths are, + 4 for bottom right; ``scale``
-is c; ``section`` as in attn_sm90_common.py.
-Saved for backward: o and lse.
+lies beyond a tensor reads as 0 and is not written. Pointers: lse [B, Hq, Lq] and statistics [2, B, Hq, Lq], m and l,
+both 0 where a row sees nothing, float32 contiguous; q_lengths and k_lengths [B] int64. Numbers: ``flags``, 1 if
+q_lengths are given, + 2 if k_lengths are, + 4 for bottom right; ``scale`` is c; ``section`` as in attn_sm90_common.py.
+Saved for backward: o and statistics.
 """
 
 from fastgru.kernels.attn_sm90_common import (
@@ -51,6 +51,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
@@ -139,7 +141,7 @@ def query_tile(q_ring, slot, n):
 
 @gluon.jit
 def consume(
-    o_desc, problem, lse, scale, rings, rooms, barriers, order,
+    o_desc, problem, saved, scale, rings, rooms, barriers, order,
     WHO: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that computes rows [64 WHO, 64 WHO + 64) of every tile."""
@@ -153,6 +155,7 @@ def consume(
 
     q_ring, k_ring, v_ring, places = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    lse, statistics = saved
     heads, queries = problem[1], problem[2]
     nothing = gl.zeros([ROWS, BLOCK_N], gl.float32, scores)
     done = 0
@@ -235,15 +238,21 @@ def consume(
         query_tile(q_ring, q_slot, 0).store(out.to(dtype))
         fence_async_shared()
         tma.async_store(o_desc, [b, h, i0 + WHO * ROWS, 0], q_ring.index(q_slot))
-        row_lse = gl.where(empty, float("-inf"), (top * scale + gl.log2(total)) * 0.6931471805599453)
-        gl.store(lse + (b * heads + h).to(gl.int64) * queries + i, row_lse, mask=i < queries)
+        # -inf: nothing was seen, or nothing but NaN.
+        reference = gl.where(empty | (top == float("-inf")), 0.0, top)
+        row_lse = gl.where(empty, float("-inf"), reference * (scale * LN_2) + gl.log2(total) * LN_2)
+        at = (b * heads + h).to(gl.int64) * queries + i
+        gl.store(lse + at, row_lse, mask=i < queries)
+        gl.store(statistics + at, reference, mask=i < queries)
+        at += (problem[0] * heads).to(gl.int64) * queries
+        gl.store(statistics + at, gl.where(empty, 0.0, total), mask=i < queries)
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(q_slot))
 
 
 @gluon.jit
 def attention_forward(
-    q_desc, k_desc, v_desc, o_desc, lse, q_lengths, k_lengths, flags, right, section, scale,
+    q_desc, k_desc, v_desc, o_desc, lse, statistics, q_lengths, k_lengths, flags, right, section, scale,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
@@ -277,10 +286,11 @@ def attention_forward(
     problem = (shape[0], shape[1], shape[2], k_desc.shape[2], q_lengths, k_lengths, flags, right, section)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     rings = (q_ring, k_ring, v_ring, places)
+    saved = (lse, statistics)
     gl.warp_specialize(
         [
-            (consume, (o_desc, problem, lse, scale, rings, rooms, barriers, order, 0, BLOCK_N, STAGES, Q_STAGES)),
-            (consume, (o_desc, problem, lse, scale, rings, rooms, barriers, order, 1, BLOCK_N, STAGES, Q_STAGES)),
+            (consume, (o_desc, problem, saved, scale, rings, rooms, barriers, order, 0, BLOCK_N, STAGES, Q_STAGES)),
+            (consume, (o_desc, problem, saved, scale, rings, rooms, barriers, order, 1, BLOCK_N, STAGES, Q_STAGES)),
             (produce, (q_desc, k_desc, v_desc, problem, rings, barriers, BLOCK_N, STAGES, Q_STAGES)),
         ],
         [4, 1],

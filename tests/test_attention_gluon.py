@@ -80,13 +80,13 @@ def test_key_blocks_against_every_pair(common: Any) -> None:
                     assert whole == min(mine, default=0) // columns
 
 
-def attention(a: Attention, kernel: Any, programs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Output and lse, by the kernel's source, launched as the backend launches it."""
+def attention(a: Attention, kernel: Any, programs: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, lse and statistics, by the kernel's source, launched as the backend launches it."""
     variant = VARIANTS[gluon._name(a)]
     output = torch.full_like(reference_attention.empty_like_layout(a.query, a.value.size(3)), math.nan)
-    lse = torch.full(a.query.shape[:3], math.nan)
-    emulator.launch_variant(variant, kernel, gluon.arguments_of(a, output, lse), programs, seed=seed)
-    return output, lse
+    lse, statistics = (torch.full(shape, math.nan) for shape in (a.query.shape[:3], (2, *a.query.shape[:3])))
+    emulator.launch_variant(variant, kernel, gluon.arguments_of(a, output, lse, statistics), programs, seed=seed)
+    return output, lse, statistics
 
 
 COLUMNS = [64, 128, 256]
@@ -123,10 +123,13 @@ def problem(case: dict[str, Any]) -> Attention:
     )  # fmt: skip
 
 
-def exact(a: Attention) -> tuple[Tensor, Tensor]:
-    return reference_attention.attention(
+def exact(a: Attention) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, lse and statistics, these as the GPU backends mean them."""
+    output, lse, statistics = reference_attention.attention(
         *(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in a)
     )
+    statistics[0] /= a.scale
+    return output, lse, statistics
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
@@ -134,8 +137,8 @@ def exact(a: Attention) -> tuple[Tensor, Tensor]:
 def test_like_the_reference(name: str, columns: int, forward: Any) -> None:
     a = problem({**CASES[name], "D": columns})
     assert gluon.why_not(a) is None or gluon.manifest() is None
-    want, want_lse = exact(a)
-    output, lse = attention(a, forward.attention_forward, programs=5)
+    want, want_lse, want_statistics = exact(a)
+    output, lse, statistics = attention(a, forward.attention_forward, programs=5)
     assert torch.equal(lse.isinf(), want_lse.isinf()) and not lse.isnan().any() and not output.isnan().any()
     assert not output[want_lse.isinf()].any()
     # The rule of fastgru.testing: at most twice the error of torch's own operator in the same dtype.
@@ -145,6 +148,7 @@ def test_like_the_reference(name: str, columns: int, forward: Any) -> None:
     floor = 4 * torch.finfo(a.query.dtype).eps * want.abs().max()
     assert (output - want).abs().max() <= 2 * (usual - plain).abs().max() + floor
     assert (lse - want_lse).masked_fill(want_lse.isinf(), 0).abs().max() < 1e-5
+    torch.testing.assert_close(statistics.double(), want_statistics, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.skipif(gluon._available() is not None, reason="needs a Hopper GPU and the kernels of a CUDA wheel")
@@ -165,11 +169,11 @@ def test_on_the_gpu_as_emulated(name: str, columns: int, forward: Any) -> None:
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_hidden_nan_and_infinity(columns: int, forward: Any) -> None:
     a = problem({"right": 0, "k_lengths": [290, 160], "Lq": 201, "Lk": 300, "D": columns})
-    usual, usual_lse = attention(a, forward.attention_forward, programs=3)
+    usual, usual_lse, _ = attention(a, forward.attention_forward, programs=3)
     odd = a._replace(key=a.key.clone(), value=a.value.clone())
     odd.key[0, :, 290:], odd.value[0, :, 290:] = math.nan, math.inf
     odd.key[1, :, 150:], odd.value[1, :, 150:] = math.nan, math.nan
-    output, lse = attention(odd, forward.attention_forward, programs=3)
+    output, lse, _ = attention(odd, forward.attention_forward, programs=3)
     seen = torch.ones(2, 201, dtype=torch.bool)
     # In the second sequence, whose last 10 keys of 160 are odd, the last 10 queries see one of them.
     seen[1, 191:] = False
@@ -183,12 +187,12 @@ def test_hidden_nan_and_infinity(columns: int, forward: Any) -> None:
 def test_the_same_bits_in_any_order(columns: int, forward: Any) -> None:
     """However the partitions and the copies take turns, and however many programs there are."""
     a = problem({"B": 1, "right": 0, "Lq": 700, "Lk": 900, "D": columns})
-    want, _ = exact(a)
+    want, _, _ = exact(a)
     first = attention(a, forward.attention_forward, programs=3)
     assert (first[0] - want).abs().max() < 0.03
     for seed in range(1, 9):
         other = attention(a, forward.attention_forward, programs=2 + seed % 3, seed=seed)
-        assert torch.equal(first[0], other[0]) and torch.equal(first[1], other[1])
+        assert all(torch.equal(*pair) for pair in zip(first, other, strict=True))
 
 
 OUTER, MIDDLE, INNER = ("\n" + count * " " for count in (8, 12, 16))
@@ -236,7 +240,7 @@ def test_mistakes_are_noticed(name: str, columns: int) -> None:
     def noticed(seed: int) -> bool:
         a, want = problems[seed % 2], wants[seed % 2]
         try:
-            output, _ = attention(a, wrong.attention_forward, programs=3, seed=seed // 2)
+            output, _, _ = attention(a, wrong.attention_forward, programs=3, seed=seed // 2)
         except emulator.KernelError:
             return True
         return not (output - want).abs().max() < 0.03
@@ -353,7 +357,7 @@ def test_the_launcher_passes_what_the_kernel_takes(compiled: dict[str, Any], tmp
     entry = BUILD["described"](VARIANTS[name], kernel)
     a = problem({"Lq": 130, "Lk": 70, "right": 3, "heads_last": True, "k_lengths": [3, 4]})
     output, lse = torch.empty(2, 130, 2, 64, dtype=torch.bfloat16).transpose(1, 2), torch.empty(2, 2, 130)
-    tensors, numbers = gluon.arguments_of(a, output, lse)
+    tensors, numbers = gluon.arguments_of(a, output, lse, torch.empty(2, 2, 2, 130))
     given, plan, floats = gluon.plan_of(entry, tensors, numbers)
 
     (tmp_path / "driver.cpp").write_text(DRIVER)
@@ -435,7 +439,8 @@ def test_what_it_covers(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"dropout_seed": torch.tensor(1)}, "dropout"),
         ({"alibi_slopes": torch.zeros(1, 2)}, "ALiBi"),
         ({"softcap": 1.0, "window_left": 3}, "softcap, a window to the left"),
-        ({"scale": -1.0}, "not positive"),
+        ({"scale": -1.0}, "a scale that is not within"),
+        ({"scale": 1e31}, "a scale that is not within"),
         ({"query": a.query.float()}, "torch.float32"),
         ({"query": a.query[..., :40], "key": a.key[..., :40]}, "40 and 64"),
         ({"query": a.query[:, :, :0]}, "empty"),
@@ -504,9 +509,9 @@ def test_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_attention, "attention", reference_attention.attention)
     with fastgru.use_backend("auto"):
         with pytest.warns(RuntimeWarning, match="no kernel image"):
-            output, _ = gluon.attention(*a)
+            output, _, _ = gluon.attention(*a)
         # Said once, and not tried again: a second warning would be an error.
-        again, _ = gluon.attention(*a)
+        again, _, _ = gluon.attention(*a)
     assert torch.equal(output, reference_attention.attention(*a)[0]) and torch.equal(output, again)
     monkeypatch.setattr(registry, "_requested", "gluon")
     with pytest.raises(fastgru.BackendUnavailable, match="no kernel image"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_attention_gluon import BUILD, VARIANTS, exact, pinned, problem, scalars
+from test_attention_gluon import attention as run_forward
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -31,10 +32,10 @@ def kernels() -> Any:
 
 
 def gradients(
-    a: Attention, kernels: Any, d_output: Tensor | None, d_lse: Tensor | None, programs: int = 3, seed: int = 0
+    a: Attention, kernels: Any, d_output: Tensor | None, d_lse: Tensor | None, **how: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of query, key and value, by the kernels' source, launched as the backend launches it."""
-    return run(a, kernels, d_output, d_lse, programs, seed).finish(a)
+    return run(a, kernels, d_output, d_lse, **how).finish(a)
 
 
 def bits(*arguments: Any, **how: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,11 +45,20 @@ def bits(*arguments: Any, **how: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run(
-    a: Attention, kernels: Any, d_output: Tensor | None, d_lse: Tensor | None, programs: int = 3, seed: int = 0
+    a: Attention,
+    kernels: Any,
+    d_output: Tensor | None,
+    d_lse: Tensor | None,
+    programs: int = 3,
+    seed: int = 0,
+    saved: tuple[Tensor, Tensor] | None = None,
 ) -> gluon.Backward:
-    output, lse = exact(a)
+    """``saved``: output and statistics, if not the exact ones."""
+    if saved is None:
+        output, _, statistics = exact(a)
+        saved = output.to(a.query.dtype), statistics.float()
     variant = VARIANTS[gluon._name(a, "backward")]
-    call = gluon.Backward(a, output.to(a.query.dtype), lse.float(), d_output, d_lse, variant.constants, programs)
+    call = gluon.Backward(a, *saved, d_output, d_lse, variant.constants, programs)
     for t in (*call.gradients, call.rows[0]["stats"], call.rows[0]["plan"]):
         t.fill_(math.nan if t.is_floating_point() else -7)
     rows = VARIANTS[gluon._name(a, "backward_rows")]
@@ -100,9 +110,9 @@ def test_like_the_reference(name: str, kernels: Any) -> None:
     a = problem(CASES[name])
     d_output = torch.randn(a.query.shape).to(a.query.dtype)
     d_lse = torch.randn(a.query.shape[:3])
-    output, lse = exact(a)
+    output, _, statistics = exact(a)
     double = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in a]
-    want = reference_attention.attention_backward(d_output.double(), d_lse.double(), *double, output, lse, False)
+    want = reference_attention.attention_backward(d_output.double(), d_lse.double(), *double, output, statistics, False)
     found = gradients(a, kernels, d_output, d_lse)
 
     # The rule of fastgru.testing: at most three times the error of torch's own operator in the same dtype.
@@ -120,6 +130,52 @@ def test_like_the_reference(name: str, kernels: Any) -> None:
     assert not (found[0] * nothing).any() and not (found[2] * ~seen(a).any(2).unsqueeze(3)).any()
 
 
+@pytest.fixture(scope="module")
+def forward() -> Any:
+    return emulator.emulated("attn_sm90_common", "attn_sm90_fwd")
+
+
+def whole(low: int, high: int, like: Tensor) -> Tensor:
+    """Whole numbers, of which float32 holds products and sums as they are."""
+    return torch.randint(low, high + 1, like.shape).to(like.dtype)
+
+
+@pytest.mark.parametrize("D, dtype", [(64, torch.bfloat16), (128, torch.float16), (256, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("largest", [4e4, 4e6])
+def test_large_scores(D: int, dtype: torch.dtype, largest: float, kernels: Any, forward: Any) -> None:
+    """And near their maximum some that count: the weights of the forward pass and those of the way back."""
+    a = problem({"B": 1, "right": 0, "Lq": 130, "Lk": 140, "D": D, "dtype": dtype})
+    size = round((largest / D) ** 0.5)
+    a = a._replace(query=size + whole(0, 1, a.query), key=size + whole(0, 1, a.key), scale=1.0)
+    a.key[:, :, ::3] -= 5
+    d_output, d_lse = torch.randn(a.query.shape).to(dtype), torch.randn(a.query.shape[:3])
+    exactly, exact_lse, exact_statistics = exact(a)
+    double = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in a]
+    grads = (d_output.double(), d_lse.double())
+    wants = reference_attention.attention_backward(*grads, *double, exactly, exact_statistics, False)
+    output, lse, statistics = run_forward(a, forward.attention_forward, programs=3)
+    assert 0.8 * largest < lse.min() and lse.max() < 1.2 * largest
+    torch.testing.assert_close(statistics.double(), exact_statistics, rtol=1e-5, atol=0)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=0)
+    assert (output - exactly).abs().max() < 0.02
+    found = gradients(a, kernels, d_output, d_lse, saved=(output, statistics))
+    for got, want in zip(found, wants, strict=False):
+        assert (got - want).abs().max() <= 0.02 * want.abs().max()
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_equal_scores(D: int, kernels: Any, forward: Any) -> None:
+    """Of 1e12 and more: every weight is one of as many as there are keys."""
+    a = problem({"B": 1, "Lq": 70, "Lk": 150, "D": D})
+    a = a._replace(**{name: torch.full_like(getattr(a, name), 133120.0) for name in ("query", "key", "value")})
+    output, lse, statistics = run_forward(a, forward.attention_forward, programs=3)
+    assert (output == 133120).all() and (statistics[1] == 150).all() and lse.isfinite().all()
+    found = gradients(a, kernels, torch.ones_like(a.query), None, saved=(output, statistics))
+    # Two query heads share the key head.
+    torch.testing.assert_close(found[2], torch.full_like(found[2], 2 * 70 / 150), rtol=0.01, atol=0)
+    assert not found[0].any() and not found[1].any()
+
+
 @pytest.mark.skipif(gluon._available() is not None, reason="needs a Hopper GPU and the kernels of a CUDA wheel")
 @pytest.mark.parametrize("name", CASES)
 def test_on_the_gpu_as_emulated(name: str, kernels: Any) -> None:
@@ -129,10 +185,10 @@ def test_on_the_gpu_as_emulated(name: str, kernels: Any) -> None:
     want = gradients(a, kernels, d_output, d_lse)
     given = [t.cuda() if isinstance(t, Tensor) else t for t in a]
     with fastgru.use_backend("gluon"):
-        saved = ATTENTION_OPS["gluon"].forward(*given)
+        output, _, statistics = ATTENTION_OPS["gluon"].forward(*given)
         first = None
         for _ in range(20):
-            got = ATTENTION_OPS["gluon"].backward(d_output.cuda(), d_lse.cuda(), *given, *saved, False)[:3]
+            got = ATTENTION_OPS["gluon"].backward(d_output.cuda(), d_lse.cuda(), *given, output, statistics, False)[:3]
             for one, other in zip(got, want, strict=True):
                 torch.testing.assert_close(one.cpu(), other, rtol=0.02, atol=0.02)
             first = first or got
@@ -170,7 +226,7 @@ def test_every_sum_is_added_up_once_in_an_order_without_circles(D: int, lengths:
     visible = F.pad(seen(a)[:, 0].float(), (0, -Lk % block[1], 0, -Lq % block[0]))
     needed = F.max_pool2d(visible[:, None], block)[:, 0] > 0
     for programs, section in ((1, 4), (3, 1), (7, 2), (200, 3)):
-        call = gluon.Backward(a, a.query, torch.zeros(2, 4, Lq), None, None, sizes, programs)
+        call = gluon.Backward(a, a.query, torch.zeros(2, 2, 4, Lq), None, None, sizes, programs)
         call.rows[1]["section"] = section
         emulator.launch_variant(VARIANTS[name], kernels.attention_backward_rows, call.rows, call.row_programs)
         plan = call.rows[0]["plan"].view(-1, call.programs, 16)
@@ -413,7 +469,7 @@ def test_what_runs_backward(monkeypatch: pytest.MonkeyPatch) -> None:
         return "triton"
 
     a = problem({"Lq": 3, "Lk": 4})
-    arguments = (None, None, *a, a.query, torch.zeros(2, 2, 3), False)
+    arguments = (None, None, *a, a.query, torch.zeros(2, 2, 2, 3), False)
     monkeypatch.setattr(gluon, "manifest", lambda: dict.fromkeys(VARIANTS))
     monkeypatch.setattr(gluon, "_broken", [])
     monkeypatch.setattr(triton_attention, "attention_backward", theirs)

@@ -29,7 +29,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process th
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-@pytest.mark.parametrize("part", ["float32", "float16", "hidden or empty"])
+@pytest.mark.parametrize("part", ["float32", "float16", "hidden or empty or large", "split"])
 def test_in_the_interpreter(part: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", part]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -118,8 +118,9 @@ def run(backend: Any, a: Attention, seeds: tuple[Tensor, Tensor], dtype: torch.d
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if a.alibi_slopes is not None:
         a = a._replace(alibi_slopes=a.alibi_slopes.to(wide))
-    output, lse = backend.attention(*a)
-    grads = backend.attention_backward(seeds[0].to(dtype), seeds[1].to(wide), *a, output, lse, a.bias is not None)
+    output, lse, statistics = backend.attention(*a)
+    seed, lse_seed = seeds[0].to(dtype), seeds[1].to(wide)
+    grads = backend.attention_backward(seed, lse_seed, *a, output, statistics, a.bias is not None)
     return [t.double() for t in (output, lse, *grads)]
 
 
@@ -150,19 +151,138 @@ def test_like_the_reference(name: str, dtype: torch.dtype) -> None:
         assert error <= multiple * their_error + 4 * torch.finfo(dtype).eps * largest, (index, error, their_error)
 
 
+def rounded(a: Attention, d_output: Tensor, d_lse: Tensor) -> list[Tensor]:
+    """Output, lse and gradients in float64 of scores as float32 has them, of one head with no more than large() has."""
+    q, k, v = (t.double() for t in a[:3])
+    capped = (q @ k.mT).float() * a.scale
+    if a.softcap:
+        capped = a.softcap * torch.tanh(capped / a.softcap)
+    scores = capped if a.bias is None else capped + a.bias.float()
+    if a.mask is not None:
+        scores = scores.masked_fill(~a.mask, -torch.inf)
+    p = scores.double().softmax(-1)
+    dp = d_output.double() @ v.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True) + d_lse.double().unsqueeze(-1))
+    dx = ds * (1 - (capped.double() / a.softcap) ** 2) if a.softcap else ds
+    grads = [dx @ k * a.scale, dx.mT @ q * a.scale, p.mT @ d_output.double()]
+    if a.bias is not None:
+        grads.append(ds.sum_to_size(a.bias.shape))
+    return [p @ v, scores.double().logsumexp(-1), *grads]
+
+
+def whole(low: int, high: int, *shape: int) -> Tensor:
+    """Whole numbers, of which float32 holds products and sums as they are."""
+    return torch.randint(low, high + 1, shape).float()
+
+
+def large(name: str, dtype: torch.dtype, queries: int) -> Attention:
+    """Of one head: scores or masks near the ends of what a type holds."""
+    keys = 300 if queries < 4 else 50
+    nothing: list[Any] = [None] * 6
+    a = Attention(
+        *(torch.randn(1, 1, n, 16).to(dtype) for n in (queries, keys, keys)), *nothing, 0.0, 0.25, 0.0, -1, -1, True
+    )
+    if name == "finfo.min":
+        return a._replace(bias=torch.full((1, 1, queries, keys), torch.finfo(dtype).min, dtype=dtype))
+    if name == "finfo.max":
+        return a._replace(bias=torch.full((1, 1, queries, keys), torch.finfo(dtype).max / 2, dtype=dtype))
+    if name in ("-1e12", "-1e9"):
+        return a._replace(bias=torch.full((1, 1, queries, keys), float(name)))
+    if name == "-1e9 in part":
+        bias = torch.zeros(1, 1, queries, keys)
+        bias[..., 20:], bias[..., :1, :] = -1e9, -1e9
+        return a._replace(bias=bias)
+    if name == "equal":
+        return a._replace(
+            **{field: torch.full_like(t, 133120.0) for field, t in zip(a._fields[:3], a[:3], strict=True)}
+        )
+    # Scores of 3e4 to 5e4, and near their maximum some that count.
+    size = 56 if dtype == torch.float32 else 50
+    a = a._replace(
+        query=(size + whole(0, 1, *a.query.shape)).to(dtype), key=(size + whole(0, 1, *a.key.shape)).to(dtype)
+    )
+    a = a._replace(scale=1.0 if name != "negative scale" else -1.0)
+    a.key[:, :, ::3] -= 20
+    if name == "mask":
+        a = a._replace(mask=torch.rand(1, 1, queries, keys) < 0.5)
+    if name == "bias":
+        a = a._replace(bias=whole(-8, 8, 1, 1, queries, keys).to(dtype))
+    if name == "softcap":
+        a = a._replace(softcap=65536.0)
+    return a
+
+
+LARGE = (
+    "finfo.min", "finfo.max", "-1e12", "-1e9", "-1e9 in part", "equal", "scores", "mask", "bias", "softcap",
+    "negative scale",
+)  # fmt: skip
+
+
 @interpreted
-def test_keys_are_split_for_few_queries_only() -> None:
+@pytest.mark.parametrize("queries", [1, 6])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [*((n, torch.float32) for n in LARGE), *((n, torch.float16) for n in ("finfo.min", "finfo.max", "scores", "bias"))],
+    ids=str,
+)
+def test_large(name: str, dtype: torch.dtype, queries: int) -> None:
+    """Weights sum to 1 whatever the scores are, forward and backward. The keys of one query are in several parts."""
+    a = large(name, dtype, queries)
+    d_output, d_lse = torch.randn(a.query.shape).to(dtype), torch.randn(a.query.shape[:3])
+    found, want = run(triton_attention, a, (d_output, d_lse), dtype), rounded(a, d_output, d_lse)
+    # tanh of large scores: the last bit of a score is a part in 256.
+    tolerance = 0.02 if name == "softcap" else 2e-6 if dtype == torch.float32 else 2e-3
+    # What gradients are differences of.
+    terms = (d_output.double() @ a.value.double().mT).abs().max()
+    for field, got, right in zip(("output", "lse", "query", "key", "value", "bias"), found, want, strict=False):
+        other = {"query": a.key, "key": a.query}.get(field)
+        largest = (
+            max(right.abs().max(), terms * other.abs().max() * abs(a.scale)) if other is not None else right.abs().max()
+        )
+        assert (got - right).abs().max() <= tolerance * largest, field
+    if dtype == torch.float32 and name in ("finfo.min", "-1e12", "-1e9", "equal"):
+        output, lse = found[:2]
+        seeds = torch.ones_like(d_output), torch.zeros_like(d_lse)
+        _, _, d_query, _, d_value = run(triton_attention, a, seeds, dtype)[:5]
+        torch.testing.assert_close(
+            output, a.value.double().mean(2, keepdim=True).expand_as(output), rtol=2e-3, atol=2e-3
+        )
+        torch.testing.assert_close(d_value, torch.full_like(d_value, queries / a.key.shape[2]), rtol=1e-3, atol=0)
+        assert d_query.isfinite().all() and lse.isfinite().all()
+
+
+@interpreted
+@pytest.mark.parametrize("case", [{}, {"bias": (1, 1, 37, 70)}, {"softcap": 2.0}, {"dropout_p": 0.4}])
+def test_large_one_key(case: dict[str, Any]) -> None:
+    """Which gets the gradients of a constant: none, but for that of lse."""
+    a = problem({**case, "window_left": 0, "window_right": 0, "Lq": 37, "Lk": 70}, torch.float32)
+    a = a._replace(query=100 * a.query)
+    seeds = torch.randn(2, 4, 37, 20), torch.zeros(2, 4, 37)
+    output, _, d_query, d_key, *_ = run(triton_attention, a, seeds, torch.float32)
+    assert not d_query.any() and not d_key.any()
+    if a.dropout_seed is None:
+        assert torch.equal(output, a.value[:, :, 33:].repeat_interleave(2, 1).double())
+    seeds = torch.zeros(2, 4, 37, 20), torch.ones(2, 4, 37)
+    exact = run(reference_attention, a, seeds, torch.float64)
+    for got, want in zip(run(triton_attention, a, seeds, torch.float32)[2:4], exact[2:4], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+def test_few_queries_split_keys_and_no_others() -> None:
+    def splits(sizes: dict[str, int]) -> int:
+        a = problem(sizes, torch.float32)
+        tile = triton_attention._Launch(a).tiles.forward
+        programs = a.query.shape[0] * a.query.shape[1] * -(-a.query.shape[2] // tile.queries)
+        return triton_attention._splits(programs, -(-a.key.shape[2] // tile.keys))
+
     for sizes, want in (
-        ({"B": 1, "Hq": 2, "Lq": 1, "Lk": 300}, 2),
+        ({"B": 1, "Hq": 2, "Lq": 1, "Lk": 300}, 4),
         ({"Lq": 1, "Lk": 70}, 1),
         ({"Lq": 1, "Lk": 10**4}, 32),
     ):
-        sizes = {**SIZES, **sizes}
-        sizes["Hk"] = sizes["Hq"]
-        launch = triton_attention._Launch(problem(sizes, torch.float32))
-        assert triton_attention._splits(launch) == want
-    many = triton_attention._Launch(problem({"B": 8, "Lq": 600, "Lk": 600}, torch.float32))
-    assert triton_attention._splits(many) == 1
+        assert splits({**SIZES, **sizes}) == want
+    assert splits({"B": 8, "Lq": 600, "Lk": 600}) == 1
 
 
 @interpreted
@@ -196,7 +316,7 @@ def test_empty_bias_gradient_and_operator() -> None:
     a = problem({"bias": (1, 4, 37, 1), "Lk": 0}, torch.float32)
     leaves = [t.requires_grad_() for t in a[:4] if t is not None]
     for backend in ("reference", "triton"):
-        output, lse = ATTENTION_OPS[backend].forward(*a)
+        output, lse, _ = ATTENTION_OPS[backend].forward(*a)
         assert (lse == -torch.inf).all() and not any(t.any() for t in torch.autograd.grad(output.sum(), leaves))
     a = problem({"bias": (1, 4, 1, 70), "dropout_p": 0.1, "window_right": 0}, torch.float32)
     leaves = [t.requires_grad_() for t in a[:4] if t is not None]
@@ -208,9 +328,9 @@ def test_empty_bias_gradient_and_operator() -> None:
 
 
 FLOATS = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv", "bias")
-POINTERS = {name: "*fp32" for name in ("lse", "delta", "d_bias", "slopes")}
+POINTERS = {name: "*fp32" for name in ("lse", "statistics", "delta", "d_bias", "slopes")}
 POINTERS |= {"mask": "*i8", "seed": "*i64", "q_lengths": "*i64", "k_lengths": "*i64"}
-NUMBERS = {"scale": "fp32", "softcap": "fp32", "keep_scale": "fp32", "drop_below": "i64"}
+NUMBERS = {"scale": "fp32", "factor": "fp32", "softcap": "fp32", "keep_scale": "fp32", "drop_below": "i64"}
 # What is compiled in. Less takes more registers now and then: Triton then does more of the loop's work before it.
 FEATURES: dict[str, tuple[str, ...] | None] = {
     "plain": (),

@@ -66,8 +66,8 @@ BACKWARD = {
     256: {"BLOCK_M": 64, "BLOCK_N": 64},
 }
 POINTERS = {
-    "lse": "*fp32", "d_lse": "*fp32", "stats": "*fp32", "turns": "*i32", "plan": "*i32", "q_lengths": "*i64",
-    "k_lengths": "*i64",
+    "lse": "*fp32", "statistics": "*fp32", "d_lse": "*fp32", "stats": "*fp32", "turns": "*i32", "plan": "*i32",
+    "q_lengths": "*i64", "k_lengths": "*i64",
 }  # fmt: skip
 
 #: Descriptors of float32 tensors; the others are of the dtype of a variant.
@@ -104,7 +104,7 @@ def variants() -> list[Variant]:
         block, width = sizes["BLOCK_M"], min(columns, 128)
         rows = {"q_desc": block, "do_desc": block, "k_desc": 64, "v_desc": 64, "dk_desc": 64, "dv_desc": 64}
         maps = {name: [1, 1, count, width] for name, count in rows.items()}
-        maps |= {"stats_desc": [1, 1, 2, block], "dq_desc": [1, 1, 64, 64]}
+        maps |= {"stats_desc": [1, 1, 4, block], "dq_desc": [1, 1, 64, 64]}
         found.append(
             Variant(
                 f"backward_{dtype}_{columns}", "attn_sm90_bwd", "attention_backward", dtype, maps,

@@ -77,7 +77,7 @@ def why_not(a: Attention) -> str | None:
         "dropout": a.dropout_seed is not None,
         "softcap": a.softcap > 0,
         "a window to the left": a.window_left >= 0,
-        "a scale that is not positive": not 0 < a.scale < math.inf,
+        "a scale that is not within 1e-30 and 1e30": not 1e-30 < a.scale < 1e30,
     }
     named = [name for name, given in extras.items() if given]
     if named:
@@ -173,7 +173,9 @@ def plan_of(entry: dict[str, Any], tensors: dict[str, Tensor | None], numbers: d
     return given, plan, floats
 
 
-def arguments_of(a: Attention, output: Tensor, lse: Tensor) -> tuple[dict[str, Tensor | None], dict[str, float]]:
+def arguments_of(
+    a: Attention, output: Tensor, lse: Tensor, statistics: Tensor
+) -> tuple[dict[str, Tensor | None], dict[str, float]]:
     """What the forward kernel takes, by the names of its arguments: tensors and numbers."""
     tensors = {
         "q_desc": for_tma(a.query),
@@ -182,6 +184,7 @@ def arguments_of(a: Attention, output: Tensor, lse: Tensor) -> tuple[dict[str, T
         # A view: what is fresh lies as TMA likes it.
         "o_desc": for_tma(output),
         "lse": lse,
+        "statistics": statistics,
         **_lengths(a),
     }
     return tensors, {**_numbers(a, section_of(a)), "scale": a.scale * math.log2(math.e)}
@@ -207,7 +210,7 @@ class Backward:
     those of the kernel, of a block of queries (BLOCK_M) and of keys (BLOCK_N)."""
 
     def __init__(
-        self, a: Attention, output: Tensor, lse: Tensor, d_output: Tensor | None, d_lse: Tensor | None,
+        self, a: Attention, output: Tensor, statistics: Tensor, d_output: Tensor | None, d_lse: Tensor | None,
         sizes: dict[str, Any], processors: int,
     ) -> None:  # fmt: skip
         device = a.query.device
@@ -223,18 +226,18 @@ class Backward:
         # The one sum that is not made in registers.
         self.d_query = torch.zeros(a.query.shape, dtype=torch.float32, device=device)
         do_desc = for_tma(torch.zeros_like(output) if d_output is None else d_output)
-        stats = torch.empty((batch, heads, 2, padded), dtype=torch.float32, device=device)
+        stats = torch.empty((batch, heads, 4, padded), dtype=torch.float32, device=device)
         plan = torch.empty((slots, _FIELDS), dtype=torch.int32, device=device)
         numbers = _numbers(a, backward_section_of(a))
         scale = a.scale * math.log2(math.e)
         self.rows: tuple[dict[str, Tensor | None], dict[str, float]] = (
             {
-                "o_desc": for_tma(output), "do_desc": do_desc, "lse": lse.contiguous(),
+                "o_desc": for_tma(output), "do_desc": do_desc, "statistics": statistics.contiguous(),
                 "d_lse": None if d_lse is None else d_lse.contiguous(), "stats": stats, "plan": plan, **_lengths(a),
             },
             {
                 **numbers, "flags": numbers["flags"] + 8 * (d_lse is not None), "programs": self.programs,
-                "heads": key_heads, "keys": keys, "padded": padded, "scale": scale,
+                "heads": key_heads, "keys": keys, "padded": padded,
             },
         )  # fmt: skip
         self.main: tuple[dict[str, Tensor | None], dict[str, float]] = (
@@ -271,28 +274,29 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _launch(a: Attention) -> tuple[Tensor, Tensor]:
+def _launch(a: Attention) -> tuple[Tensor, Tensor, Tensor]:
     device = a.query.device
     output = empty_like_layout(a.query, a.value.size(3))
-    lse = torch.empty(a.query.shape[:3], dtype=torch.float32, device=device)
+    rows = a.query.shape[:3]
+    lse, statistics = (torch.empty(shape, dtype=torch.float32, device=device) for shape in (rows, (2, *rows)))
     tiles = a.query.shape[0] * a.query.shape[1] * -(-a.query.shape[2] // _ROWS)
-    _start(_name(a), arguments_of(a, output, lse), min(tiles, _processors(device)), device)
-    return output, lse
+    _start(_name(a), arguments_of(a, output, lse, statistics), min(tiles, _processors(device)), device)
+    return output, lse, statistics
 
 
 def _launch_backward(
-    a: Attention, output: Tensor, lse: Tensor, d_output: Tensor | None, d_lse: Tensor | None
+    a: Attention, output: Tensor, statistics: Tensor, d_output: Tensor | None, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     device = a.query.device
     sizes = (manifest() or {})[_name(a, "backward")]["sizes"]
-    call = Backward(a, output, lse, d_output, d_lse, sizes, _processors(device))
+    call = Backward(a, output, statistics, d_output, d_lse, sizes, _processors(device))
     _start(_name(a, "backward_rows"), call.rows, call.row_programs, device)
     # Its programs wait for each other.
     _start(_name(a, "backward"), call.main, call.programs, device, cooperative=True)
     return call.finish(a)
 
 
-def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The forward operator; see :mod:`fastgru.ops.attention_schema`.
 
     Raises:
@@ -323,18 +327,19 @@ def _failed(error: RuntimeError) -> str:
 def attention_backward(
     grad_output: Tensor | None, grad_lse: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backward operator; see :mod:`fastgru.ops.attention_schema`. Output and lse are what ``triton`` saves, too.
+    """The backward operator; see :mod:`fastgru.ops.attention_schema`. Output and statistics are what ``triton``
+    saves, too.
 
     Raises:
         BackendUnavailable: there is no kernel for this problem, or it does not start, and it was asked for by name.
     """
-    *inputs, output, lse, _ = arguments
+    *inputs, output, statistics, _ = arguments
     a = Attention(*inputs)
     auto = registry.requested() == registry.AUTO
     reason = _broken[0] if auto and _broken else why_not(a)
     if reason is None:
         try:
-            grads = _launch_backward(a, output, lse, grad_output, grad_lse)
+            grads = _launch_backward(a, output, statistics, grad_output, grad_lse)
             return *grads, torch.zeros(0, dtype=a.query.dtype, device=a.query.device)
         except RuntimeError as error:
             reason = _failed(error)

@@ -1,16 +1,25 @@
-"""Launches the attention kernels of ``fastgru.kernels``. Triton is imported at the first call."""
+"""Launches the attention kernels of ``fastgru.kernels``. Triton is imported at the first call.
+
+The statistics that forward saves for backward, float32 [2, B, Hq, Lq], mean the same here and in
+:mod:`fastgru.backends.gluon`, since ``auto`` may take the forward pass of one and the backward pass of the other:
+
+    m   the row's largest product q . k, where nothing but hiding is done to the scores and their scale is positive
+        (:func:`in_products`); else its largest score s; 0 where it sees nothing
+    l   the sum of e^(s - m), of e^(scale (q . k - m)) in the former case; 0 where the row sees nothing
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgru.backends.reference_attention import Attention, dropout_threshold, empty_like_layout
+from fastgru.backends.reference_attention import Attention, dropout_threshold, empty_like_layout, log_sum
 
 # Said outright, because Triton's defaults change from one release to the next.
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
@@ -77,6 +86,17 @@ def tiles(columns: int, kind: str) -> Tiles:
     return Tiles(*(Tile(*sizes) for sizes in _TILES[kind][min(max(columns, 64), 256)]))
 
 
+def in_products(a: Attention) -> bool:
+    """Whether the references of the exponents are products, not scores. (Scales near the ends of float32's range would
+    lose digits, or overflow.)"""
+    return a.softcap == 0 and a.alibi_slopes is None and a.bias is None and 1e-30 < a.scale < 1e30
+
+
+def factor(a: Attention) -> float:
+    """Of the exponents, which are powers of 2."""
+    return (a.scale if in_products(a) else 1.0) * math.log2(math.e)
+
+
 class _Launch:
     """The arguments that all kernels share, in their order."""
 
@@ -100,7 +120,7 @@ class _Launch:
             *((0,) * 4 if mask is None else mask.stride()),
             heads if a.alibi_slopes is not None and a.alibi_slopes.size(0) > 1 else 0,
             *(heads, a.group, Lq, Lk, D, Dv),
-            *(a.scale, a.softcap, a.window_left, a.window_right),
+            *(a.scale, factor(a), a.softcap, a.window_left, a.window_right),
             dropout_threshold(a.dropout_p),
             1 / (1 - a.dropout_p),
         )
@@ -111,6 +131,7 @@ class _Launch:
         self.tiles = tiles(max(columns, value_columns), kind)
         self.constants: dict[str, Any] = {
             "BOTTOM_RIGHT": a.bottom_right,
+            "IN_PRODUCTS": in_products(a),
             "SOFTCAP": a.softcap > 0,
             "BIAS": bias is not None,
             "MASK": mask is not None,
@@ -133,19 +154,22 @@ class _Launch:
             kernel[(programs, splits)](*arguments, *self.scalars, **self.constants, **constants, **_OPTIONS)
 
 
-def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The forward operator; see :mod:`fastgru.ops.attention_schema`."""
     a = Attention(*arguments)
     launch = _Launch(a)
     output = empty_like_layout(a.query, a.value.size(3))
-    lse = torch.empty(a.query.shape[:3], dtype=torch.float32, device=a.query.device)
+    rows = a.query.shape[:3]
+    lse, statistics = (torch.empty(shape, dtype=torch.float32, device=a.query.device) for shape in (rows, (2, *rows)))
     kernel = _module("attn_fwd").attention_forward
     tile = launch.tiles.forward
     programs = a.query.shape[0] * a.query.shape[1] * -(-a.query.shape[2] // tile.queries)
     splits = _splits(programs, -(-a.key.shape[2] // tile.keys))
-    out, parts = output.unsqueeze(0), lse.unsqueeze(0)
+    out, parts = output.unsqueeze(0), statistics.unsqueeze(0)
     if splits > 1:
-        out, parts = (torch.empty((splits, *t.shape), dtype=torch.float32, device=t.device) for t in (output, lse))
+        out, parts = (
+            torch.empty((splits, *t.shape), dtype=torch.float32, device=t.device) for t in (output, statistics)
+        )
     tensors = (launch.query, launch.key, launch.value, out[0])
     # From one split to the next.
     steps = (out.stride(0), parts.stride(0))
@@ -153,12 +177,12 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
         kernel,
         tile,
         programs,
-        *(*tensors, parts, *launch.pointers, *_strides(*tensors), *steps),
+        *(*tensors, lse, parts, *launch.pointers, *_strides(*tensors), *steps),
         splits=splits,
     )
     if splits > 1:
-        _join(out, parts, output, lse)
-    return output, lse
+        _join(a, out, parts, output, lse, statistics)
+    return output, lse, statistics
 
 
 def _splits(programs: int, key_tiles: int) -> int:
@@ -168,12 +192,16 @@ def _splits(programs: int, key_tiles: int) -> int:
     return max(1, min(parts, _MOST_SPLITS))
 
 
-def _join(out: Tensor, parts: Tensor, output: Tensor, lse: Tensor) -> None:
+def _join(a: Attention, out: Tensor, parts: Tensor, output: Tensor, lse: Tensor, statistics: Tensor) -> None:
     """Adds up the splits, weighted by their share of the sum of exponentials: a fixed order, so deterministic."""
-    top = parts.amax(0)
-    weights = torch.exp(parts - top.masked_fill(top == -torch.inf, 0))
+    tops, totals = parts.unbind(1)
+    tops = tops.masked_fill(totals == 0, -torch.inf)
+    top = tops.amax(0)
+    top = top.masked_fill(top == -torch.inf, 0)
+    weights = torch.exp2((tops - top) * factor(a)) * totals
     total = weights.sum(0)
-    lse.copy_(top + torch.log(total.masked_fill(total == 0, 1)))
+    torch.stack((top, total), out=statistics)
+    lse.copy_(log_sum(top * a.scale if in_products(a) else top, total))
     shares = weights / total.masked_fill(total == 0, 1)
     output.copy_((out * shares.unsqueeze(-1)).sum(0))
 
@@ -182,11 +210,12 @@ def attention_backward(
     grad_output: Tensor | None, grad_lse: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backward operator; see :mod:`fastgru.ops.attention_schema`. A bias gradient takes memory for every score."""
-    *inputs, output, lse, need_bias_grad = arguments
+    *inputs, output, statistics, need_bias_grad = arguments
     a = Attention(*inputs)
     launch = _Launch(a)
     d_output = torch.zeros_like(output) if grad_output is None else _rows(grad_output)
-    delta = (d_output.float() * output.float()).sum(-1)
+    # 0 where one weight is all, but NaN stays NaN; see attn_bwd.py.
+    delta = (d_output.float() * output.float()).sum(-1) * (statistics[1] != 1)
     if grad_lse is not None:
         delta = delta - grad_lse
     delta = delta.contiguous()
@@ -201,14 +230,14 @@ def attention_backward(
         kernels.attention_backward_queries,
         launch.tiles.by_queries,
         a.query.shape[0] * a.query.shape[1] * -(-a.query.shape[2] // launch.tiles.by_queries.queries),
-        *(*tensors, lse, delta, d_query, d_scores, *launch.pointers, *_strides(*tensors, d_query)),
+        *(*tensors, statistics, delta, d_query, d_scores, *launch.pointers, *_strides(*tensors, d_query)),
         BIAS_GRAD=wants_bias,
     )
     launch(
         kernels.attention_backward_keys,
         launch.tiles.by_keys,
         a.key.shape[0] * a.key.shape[1] * -(-a.key.shape[2] // launch.tiles.by_keys.keys),
-        *(*tensors, lse, delta, d_key, d_value, *launch.pointers, *_strides(*tensors, d_key, d_value)),
+        *(*tensors, statistics, delta, d_key, d_value, *launch.pointers, *_strides(*tensors, d_key, d_value)),
     )
     if wants_bias and a.bias is not None:
         d_scores = d_scores.sum_to_size(a.bias.shape)
