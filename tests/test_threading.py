@@ -142,18 +142,76 @@ def test_strides_beyond_32_bits(isa: str, tmp_path: Path) -> None:
     _assert_same(list(torch.autograd.grad(module(view, hx)[0].sum(), module.weight_ih_l0)), list(want))
 
 
+FORK = """
+        import signal, threading
+        from torch.nn.utils.rnn import pack_padded_sequence
+        torch.set_num_threads(2)
+        two, rows = fastgru.GRU(48, 100, 2, bidirectional=True), pack_padded_sequence(x, [12, 12, 9, 4, 1])
+        q = torch.randn(1, 4, 100, 64, requires_grad=True)
+        # The short way and the operators, forward and backward, all of it worth two threads.
+        def everything():
+            found = [run()]
+            with torch.no_grad():
+                found += [module(x)[0], two(rows)[0].data, fastgru.scaled_dot_product_attention(q, q, q)]
+            for output, leaf in (
+                (two(rows)[0].data, two.weight_hh_l1),
+                (fastgru.scaled_dot_product_attention(q, q, q), q),
+                (fastgru.flash_attention(q, q, q, window=(90, 5)), q),
+            ):
+                found += torch.autograd.grad(output, leaf, torch.ones_like(output))
+            return found
+        def same(got, want):
+            return all((a.detach().numpy() == b.detach().numpy()).all() for a, b in zip(got, want, strict=True))
+        def in_a_child(work):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(40)
+                os._exit(0 if work() else 1)
+            return os.waitpid(child, 0)[1] == 0
+"""
+
 PROGRAMS = {
-    # What a DataLoader worker is: a fork of a process that has used its threads, told to use one.
-    "fork": """
-        want = run()
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            torch.set_num_threads(1)
-            os.write(write, b"same" if torch.equal(run(), want) else b"different")
-            os._exit(0)
-        os.waitpid(child, 0)
-        assert os.read(read, 9) == b"same"
+    # OpenMP's pool does not come through a fork. (Torch's own operators would wait for it, if their tensors are large.)
+    "fork": FORK
+    + """
+        want = everything()
+        assert in_a_child(lambda: same(everything(), want)), "child"
+        assert in_a_child(lambda: in_a_child(lambda: same(everything(), want))), "child of a child"
+        started = []
+        def in_a_thread():
+            thread = threading.Thread(target=lambda: started.append(same(everything(), want)))
+            thread.start()
+            thread.join()
+            return started == [True]
+        assert in_a_child(in_a_thread), "thread of a child"
+        assert same(everything(), want), "parent, after the forks"
+    """,
+    "fork in the middle of another thread's region": FORK
+    + """
+        want, stop = everything(), threading.Event()
+        def work():
+            with torch.no_grad():
+                while not stop.is_set():
+                    module(x)
+        thread = threading.Thread(target=work)
+        thread.start()
+        done = [in_a_child(lambda: same(everything(), want)) for _ in range(5)]
+        stop.set()
+        thread.join()
+        assert all(done), done
+    """,
+    "workers of a DataLoader": FORK
+    + """
+        want = everything()
+        class Data(torch.utils.data.Dataset):
+            def __len__(self):
+                return 4
+            def __getitem__(self, index):
+                return same(everything(), want)
+        loader = torch.utils.data.DataLoader(
+            Data(), num_workers=2, timeout=60, multiprocessing_context="fork",
+            worker_init_fn=lambda _: torch.set_num_threads(2))
+        assert all(bool(flag) for batch in loader for flag in batch)
     """,
     # Long enough that some calls wait for the core that is taken, and the next ones work alone.
     "a neighbour on a core": """

@@ -1,6 +1,7 @@
 #include "tensor.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
 
@@ -90,6 +91,12 @@ void note_wait(int64_t waited_ns, int64_t total_ns) {
   last_end_ns = end;
 }
 
+// OpenMP keeps a pool for every thread that has run a region, whoever's it was. Of that thread a child of fork has a
+// copy, of the pool's threads none: a region would wait for them for ever. So the one thread that comes through a fork
+// works alone, and so does the one that comes through the next; threads that the child starts make pools of their own.
+thread_local bool forked = false;
+[[maybe_unused]] const int watches_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 constexpr size_t kLargePage = size_t(1) << 21;
 
 // Tests set this: memory that nothing has been written to then reads as NaN.
@@ -127,7 +134,7 @@ DType tensor_dtype(const Tensor& t) {
 }
 
 Parallel torch_threads() {
-  const bool alone = alone_until_ns > 0 && now_ns() < alone_until_ns;
+  const bool alone = forked || (alone_until_ns > 0 && now_ns() < alone_until_ns);
   return {alone ? 1 : int(torch::stable::get_num_threads()), run_parallel, note_wait};
 }
 
