@@ -15,6 +15,8 @@ struct DirectCalls {
   // Where lse is null it is not wanted.
   bool (*attention_forward)(const AttentionForward&, DType);
   bool (*attention_backward)(const AttentionBackward&, DType);
+  // Told of memory from torch that nothing has been written to yet.
+  void (*fresh)(void* memory, size_t bytes);
 };
 
 }  // namespace fastgru

@@ -157,7 +157,7 @@ Tensor strided_tensor(int32_t dtype, const std::vector<int64_t>& size, const std
                   torch_error());
   Tensor t(handle);
   const size_t bytes = t.numel() * t.element_size();
-  if (bytes >= 2 * kLargePage) prefer_large_pages(t.mutable_data_ptr(), bytes);
+  prepare_fresh(t.mutable_data_ptr(), bytes);
   if (poison.load(std::memory_order_relaxed)) std::memset(t.mutable_data_ptr(), 0xff, bytes);
   return t;
 }
@@ -167,6 +167,10 @@ Tensor contiguous_tensor(int32_t dtype, const std::vector<int64_t>& size) {
   int64_t elements = 1;
   for (size_t i = size.size(); i-- > 0; elements *= size[i] ? size[i] : 1) strides[i] = elements;
   return strided_tensor(dtype, size, strides);
+}
+
+void prepare_fresh(void* memory, size_t bytes) {
+  if (bytes >= 2 * kLargePage) prefer_large_pages(memory, bytes);
 }
 
 void cpu_set_poison(bool on) { poison.store(on); }

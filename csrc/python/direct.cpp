@@ -148,7 +148,11 @@ Owned make(PyObject* prototype, std::initializer_list<int64_t> sizes) {
 // Of a fresh tensor, or null.
 void* data_of(const Owned& tensor) {
   View view;
-  return tensor && exchange->dltensor_from_py_object_no_sync(tensor.get(), &view.t) == 0 ? view.data() : nullptr;
+  if (!tensor || exchange->dltensor_from_py_object_no_sync(tensor.get(), &view.t) != 0) return nullptr;
+  int64_t bytes = view.bytes();
+  for (int i = 0; i < view.t.ndim; ++i) bytes *= view.t.shape[i];
+  calls->fresh(view.data(), size_t(bytes));
+  return view.data();
 }
 
 int64_t padded(int64_t hidden) { return (hidden + kSavedAlign - 1) / kSavedAlign * kSavedAlign; }
