@@ -21,8 +21,10 @@ from fastgru import _lib
 
 pytestmark = pytest.mark.skipif(_lib.load_error is not None, reason=str(_lib.load_error))
 
-# (T, B, I, H): shared out by rows of the batch, by hidden units, one row alone, a single step, more workers than items.
+# (T, B, I, H): shared out by rows of the batch, by hidden units, one row alone, a single step, more workers than items;
+# few units, of which a batch is computed by rows, and a part of it by units.
 SHAPES = [(20, 40, 48, 64), (6, 9, 100, 257), (30, 1, 33, 260), (1, 37, 300, 200), (7, 3, 5, 16)]
+SHAPES += [(5, 330, 20, 7), (1, 330, 20, 7), (12, 150, 128, 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +95,12 @@ def test_a_row_does_not_depend_on_its_neighbours(isa: str, shape: tuple[int, ...
 
 
 def test_one_instruction_set_reads_what_another_saved() -> None:
-    module, x, hx = _problem((9, 3, 20, 37), torch.float32)
+    for shape in ((9, 3, 20, 37), (9, 3, 20, 5), (9, 53, 20, 5)):
+        _read_what_another_saved(shape)
+
+
+def _read_what_another_saved(shape: tuple[int, ...]) -> None:
+    module, x, hx = _problem(shape, torch.float32)
     x.requires_grad_()
     before = torch.ops.fastgru.cpu_isa()
     want = torch.autograd.grad(module(x, hx)[0].square().sum(), x)[0]
@@ -106,6 +113,17 @@ def test_one_instruction_set_reads_what_another_saved() -> None:
             torch.testing.assert_close(torch.autograd.grad(loss, x)[0], want, rtol=1e-4, atol=1e-5)
     finally:
         torch.ops.fastgru.cpu_set_isa(before)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_row_of_nan_stays_alone(isa: str, steps: int) -> None:
+    module, x, hx = _problem((steps, 40, 6, 3), torch.float32)
+    y, h_n, dx, dh0, *_ = _run(module, x, hx)
+    x[0, 17, 2], hx[:, 30] = torch.nan, torch.inf
+    others = [row for row in range(40) if row not in (17, 30)]
+    broken = _run(module, x, hx)
+    _assert_same([t[:, others] for t in broken[:4]], [t[:, others] for t in (y, h_n, dx, dh0)])
+    assert broken[0][:, 17].isnan().any()
 
 
 def test_calls_from_several_python_threads() -> None:
