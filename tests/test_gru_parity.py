@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from fastgru.testing import GruProblem, assert_parity, pairwise
+from tests.conftest import ENGINES
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FACTORS: dict[str, list[Any]] = {
@@ -39,6 +41,32 @@ LARGER = [
 @pytest.mark.parametrize("problem", SELECTION + LARGER, ids=str)
 def test_outputs_and_gradients(engine: str, problem: GruProblem) -> None:
     assert_parity(problem)
+
+
+# Few hidden units: computed by rows of the batch, or, with more inputs or fewer rows, by units.
+FEW = [
+    GruProblem(T=1, B=150, I=1, H=1),
+    GruProblem(T=6, B=150, I=33, H=3, bidirectional=True, packed=True),
+    GruProblem(T=6, B=37, I=128, H=8, num_layers=2, bidirectional=True, bias=False),
+    GruProblem(T=20, B=20, I=2, H=5, batch_first=True, packed=True, hx=False),
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("save_gates", [True, False])
+@pytest.mark.parametrize("problem", FEW, ids=str)
+def test_few_units(engine: str, problem: GruProblem, save_gates: bool, dtype: torch.dtype) -> None:
+    assert_parity(replace(problem, dtype=dtype, seed=1), save_gates)
+
+
+# Torch sums a product of few columns in the lanes of a vector, which is more exact than a chain as long as the input.
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("sizes", [(130, 2), (130, 1), (257, 2)], ids=str)
+def test_few_units_of_many_inputs(engine: str, sizes: tuple[int, int], packed: bool, bidirectional: bool) -> None:
+    I, H = sizes
+    assert_parity(GruProblem(T=33, B=9, I=I, H=H, packed=packed, bidirectional=bidirectional, seed=50))
 
 
 @pytest.mark.usefixtures("chunks")

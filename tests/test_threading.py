@@ -21,8 +21,10 @@ from fastgru import _lib
 
 pytestmark = pytest.mark.skipif(_lib.load_error is not None, reason=str(_lib.load_error))
 
-# (T, B, I, H): shared out by rows of the batch, by hidden units, one row alone, a single step, more workers than items.
+# (T, B, I, H): shared out by rows of the batch, by hidden units, one row alone, a single step, more workers than items;
+# few units, of which a batch is computed by rows, and a part of it by units.
 SHAPES = [(20, 40, 48, 64), (6, 9, 100, 257), (30, 1, 33, 260), (1, 37, 300, 200), (7, 3, 5, 16)]
+SHAPES += [(5, 330, 20, 7), (1, 330, 20, 7), (12, 150, 128, 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +95,12 @@ def test_a_row_does_not_depend_on_its_neighbours(isa: str, shape: tuple[int, ...
 
 
 def test_one_instruction_set_reads_what_another_saved() -> None:
-    module, x, hx = _problem((9, 3, 20, 37), torch.float32)
+    for shape in ((9, 3, 20, 37), (9, 3, 20, 5), (9, 53, 20, 5)):
+        _read_what_another_saved(shape)
+
+
+def _read_what_another_saved(shape: tuple[int, ...]) -> None:
+    module, x, hx = _problem(shape, torch.float32)
     x.requires_grad_()
     before = torch.ops.fastgru.cpu_isa()
     want = torch.autograd.grad(module(x, hx)[0].square().sum(), x)[0]
@@ -106,6 +113,17 @@ def test_one_instruction_set_reads_what_another_saved() -> None:
             torch.testing.assert_close(torch.autograd.grad(loss, x)[0], want, rtol=1e-4, atol=1e-5)
     finally:
         torch.ops.fastgru.cpu_set_isa(before)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_row_of_nan_stays_alone(isa: str, steps: int) -> None:
+    module, x, hx = _problem((steps, 40, 6, 3), torch.float32)
+    y, h_n, dx, dh0, *_ = _run(module, x, hx)
+    x[0, 17, 2], hx[:, 30] = torch.nan, torch.inf
+    others = [row for row in range(40) if row not in (17, 30)]
+    broken = _run(module, x, hx)
+    _assert_same([t[:, others] for t in broken[:4]], [t[:, others] for t in (y, h_n, dx, dh0)])
+    assert broken[0][:, 17].isnan().any()
 
 
 def test_calls_from_several_python_threads() -> None:
@@ -142,18 +160,76 @@ def test_strides_beyond_32_bits(isa: str, tmp_path: Path) -> None:
     _assert_same(list(torch.autograd.grad(module(view, hx)[0].sum(), module.weight_ih_l0)), list(want))
 
 
+FORK = """
+        import signal, threading
+        from torch.nn.utils.rnn import pack_padded_sequence
+        torch.set_num_threads(2)
+        two, rows = fastgru.GRU(48, 100, 2, bidirectional=True), pack_padded_sequence(x, [12, 12, 9, 4, 1])
+        q = torch.randn(1, 4, 100, 64, requires_grad=True)
+        # The short way and the operators, forward and backward, all of it worth two threads.
+        def everything():
+            found = [run()]
+            with torch.no_grad():
+                found += [module(x)[0], two(rows)[0].data, fastgru.scaled_dot_product_attention(q, q, q)]
+            for output, leaf in (
+                (two(rows)[0].data, two.weight_hh_l1),
+                (fastgru.scaled_dot_product_attention(q, q, q), q),
+                (fastgru.flash_attention(q, q, q, window=(90, 5)), q),
+            ):
+                found += torch.autograd.grad(output, leaf, torch.ones_like(output))
+            return found
+        def same(got, want):
+            return all((a.detach().numpy() == b.detach().numpy()).all() for a, b in zip(got, want, strict=True))
+        def in_a_child(work):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(40)
+                os._exit(0 if work() else 1)
+            return os.waitpid(child, 0)[1] == 0
+"""
+
 PROGRAMS = {
-    # What a DataLoader worker is: a fork of a process that has used its threads, told to use one.
-    "fork": """
-        want = run()
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            torch.set_num_threads(1)
-            os.write(write, b"same" if torch.equal(run(), want) else b"different")
-            os._exit(0)
-        os.waitpid(child, 0)
-        assert os.read(read, 9) == b"same"
+    # OpenMP's pool does not come through a fork. (Torch's own operators would wait for it, if their tensors are large.)
+    "fork": FORK
+    + """
+        want = everything()
+        assert in_a_child(lambda: same(everything(), want)), "child"
+        assert in_a_child(lambda: in_a_child(lambda: same(everything(), want))), "child of a child"
+        started = []
+        def in_a_thread():
+            thread = threading.Thread(target=lambda: started.append(same(everything(), want)))
+            thread.start()
+            thread.join()
+            return started == [True]
+        assert in_a_child(in_a_thread), "thread of a child"
+        assert same(everything(), want), "parent, after the forks"
+    """,
+    "fork in the middle of another thread's region": FORK
+    + """
+        want, stop = everything(), threading.Event()
+        def work():
+            with torch.no_grad():
+                while not stop.is_set():
+                    module(x)
+        thread = threading.Thread(target=work)
+        thread.start()
+        done = [in_a_child(lambda: same(everything(), want)) for _ in range(5)]
+        stop.set()
+        thread.join()
+        assert all(done), done
+    """,
+    "workers of a DataLoader": FORK
+    + """
+        want = everything()
+        class Data(torch.utils.data.Dataset):
+            def __len__(self):
+                return 4
+            def __getitem__(self, index):
+                return same(everything(), want)
+        loader = torch.utils.data.DataLoader(
+            Data(), num_workers=2, timeout=60, multiprocessing_context="fork",
+            worker_init_fn=lambda _: torch.set_num_threads(2))
+        assert all(bool(flag) for batch in loader for flag in batch)
     """,
     # Long enough that some calls wait for the core that is taken, and the next ones work alone.
     "a neighbour on a core": """

@@ -57,7 +57,7 @@ bool attention_backward(const AttentionBackward& b, DType dtype) {
   });
 }
 
-constexpr DirectCalls kCalls{gru_forward, gru_backward, attention_forward, attention_backward};
+constexpr DirectCalls kCalls{gru_forward, gru_backward, attention_forward, attention_backward, prepare_fresh};
 
 }  // namespace
 }  // namespace fastgru

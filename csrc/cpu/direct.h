@@ -14,6 +14,8 @@ struct DirectCalls {
   bool (*gru_backward)(const GruBackward&, DType);
   bool (*attention_forward)(const AttentionForward&, DType);
   bool (*attention_backward)(const AttentionBackward&, DType);
+  // Told of memory from torch that nothing has been written to yet.
+  void (*fresh)(void* memory, size_t bytes);
 };
 
 }  // namespace fastgru

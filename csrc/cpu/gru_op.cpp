@@ -131,8 +131,7 @@ struct Layer {
     return batch_sizes ? empty({shape.N, columns}) : empty({shape.T, shape.B, columns});
   }
   Tensor empty_state() const { return empty({shape.D, shape.B, shape.H}); }
-  Tensor empty_gates() const { return empty({shape.D, shape.N, 4 * padded()}); }
-  int64_t padded() const { return (shape.H + kSavedAlign - 1) / kSavedAlign * kSavedAlign; }
+  Tensor empty_gates() const { return empty({shape.D, shape.N, 4 * saved_units(shape.H)}); }
 };
 
 void forward(const Layer& layer, const Tensor& output, const Tensor& h_n, const Tensor* gates) {
@@ -172,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const Op
   const Tensor y = dense(output);
   OptionalTensor saved;
   if (gates) saved = dense(*gates);
-  STD_TORCH_CHECK(y.numel() == s.N * s.D * s.H && (!saved || saved->numel() == s.D * s.N * 4 * layer.padded()),
+  STD_TORCH_CHECK(y.numel() == s.N * s.D * s.H && (!saved || saved->numel() == s.D * s.N * 4 * saved_units(s.H)),
                   "fastgru: output and gates must be what the forward pass returned for this layer");
   OptionalTensor dy, dh_n;
   if (grad_output) dy = dense(*grad_output);

@@ -1,6 +1,7 @@
 #include "tensor.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
 
@@ -90,6 +91,12 @@ void note_wait(int64_t waited_ns, int64_t total_ns) {
   last_end_ns = end;
 }
 
+// OpenMP keeps a pool for every thread that has run a region, whoever's it was. Of that thread a child of fork has a
+// copy, of the pool's threads none: a region would wait for them for ever. So the one thread that comes through a fork
+// works alone, and so does the one that comes through the next; threads that the child starts make pools of their own.
+thread_local bool forked = false;
+[[maybe_unused]] const int watches_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 constexpr size_t kLargePage = size_t(1) << 21;
 
 // Tests set this: memory that nothing has been written to then reads as NaN.
@@ -127,7 +134,7 @@ DType tensor_dtype(const Tensor& t) {
 }
 
 Parallel torch_threads() {
-  const bool alone = alone_until_ns > 0 && now_ns() < alone_until_ns;
+  const bool alone = forked || (alone_until_ns > 0 && now_ns() < alone_until_ns);
   return {alone ? 1 : int(torch::stable::get_num_threads()), run_parallel, note_wait};
 }
 
@@ -150,7 +157,7 @@ Tensor strided_tensor(int32_t dtype, const std::vector<int64_t>& size, const std
                   torch_error());
   Tensor t(handle);
   const size_t bytes = t.numel() * t.element_size();
-  if (bytes >= 2 * kLargePage) prefer_large_pages(t.mutable_data_ptr(), bytes);
+  prepare_fresh(t.mutable_data_ptr(), bytes);
   if (poison.load(std::memory_order_relaxed)) std::memset(t.mutable_data_ptr(), 0xff, bytes);
   return t;
 }
@@ -160,6 +167,10 @@ Tensor contiguous_tensor(int32_t dtype, const std::vector<int64_t>& size) {
   int64_t elements = 1;
   for (size_t i = size.size(); i-- > 0; elements *= size[i] ? size[i] : 1) strides[i] = elements;
   return strided_tensor(dtype, size, strides);
+}
+
+void prepare_fresh(void* memory, size_t bytes) {
+  if (bytes >= 2 * kLargePage) prefer_large_pages(memory, bytes);
 }
 
 void cpu_set_poison(bool on) { poison.store(on); }

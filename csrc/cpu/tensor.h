@@ -29,6 +29,9 @@ Parallel torch_threads();
 Tensor strided_tensor(int32_t dtype, const std::vector<int64_t>& size, const std::vector<int64_t>& strides);
 Tensor contiguous_tensor(int32_t dtype, const std::vector<int64_t>& size);
 
+// Asks for large pages under a fresh tensor that fills some: what an operator, or the way around it, returns or saves.
+void prepare_fresh(void* memory, size_t bytes);
+
 // For tests: fill fresh memory with NaN.
 void cpu_set_poison(bool on);
 

@@ -161,10 +161,12 @@ Owned make(PyObject* prototype, std::initializer_list<int64_t> sizes) {
 // Of a fresh tensor, or null.
 void* data_of(const Owned& tensor) {
   View view;
-  return tensor && exchange->dltensor_from_py_object_no_sync(tensor.get(), &view.t) == 0 ? view.data() : nullptr;
+  if (!tensor || exchange->dltensor_from_py_object_no_sync(tensor.get(), &view.t) != 0) return nullptr;
+  int64_t bytes = view.bytes();
+  for (int i = 0; i < view.t.ndim; ++i) bytes *= view.t.shape[i];
+  calls->fresh(view.data(), size_t(bytes));
+  return view.data();
 }
-
-int64_t padded(int64_t hidden) { return (hidden + kSavedAlign - 1) / kSavedAlign * kSavedAlign; }
 
 // The problem of one layer: what the operators check with words.
 struct Layer {
@@ -362,7 +364,7 @@ PyObject* train(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (any_mode() || !layer.read(args)) return not_plain();
   const GruShape& s = layer.s;
   const Owned h_n = like(layer.hx), output = s.T == 1 ? like(layer.hx) : make(args[0], {s.T, s.B, s.H});
-  const Owned gates = make(args[0], {1, s.N, 4 * padded(s.H)});
+  const Owned gates = make(args[0], {1, s.N, 4 * saved_units(s.H)});
   const GruForward forward{s, data_of(output), data_of(h_n), data_of(gates)};
   if (!forward.y || !forward.h_n || !forward.gates || !run(calls->gru_forward, forward, layer.dtype))
     return not_plain();
@@ -385,7 +387,7 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (args[0] != Py_None && !layer.operand(args[0], {s.T, s.B, s.H}, &copies[0], &b.dy)) return not_plain();
   if (args[1] != Py_None && !layer.operand(args[1], {1, s.B, s.H}, &copies[1], &b.dh_n)) return not_plain();
   if (!layer.operand(tensors[kLayerTensors], {s.T, s.B, s.H}, &copies[2], &b.y)) return not_plain();
-  const int64_t width = 4 * padded(s.H);
+  const int64_t width = 4 * saved_units(s.H);
   if (!layer.operand(tensors[kLayerTensors + 1], {1, s.N, width}, &copies[3], &b.gates)) return not_plain();
 
   void** const wanted[] = {&b.dx, &b.dh0, &b.dw_ih, &b.dw_hh, &b.db_ih, &b.db_hh};

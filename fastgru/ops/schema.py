@@ -2,8 +2,8 @@
 
 One operator is one GRU layer, in one or both directions (D = 2 iff ``w_ih_reverse`` is given). Shapes: input [T, B, I],
 or packed [N, I] with ``batch_sizes`` (int64 on the CPU, [T], never growing); hx and h_n [D, B, H]; output [T, B, D*H]
-or [N, D*H]; weights as nn.GRU stores them. ``gates`` [D, N, 4*ceil16(H)], of ``cudnn`` [0], is opaque to all but the
-backend that made it.
+or [N, D*H]; weights as nn.GRU stores them. ``gates`` [D, N, 4*ceil16(H)], of ``cpu`` [D, N, 4*H] up to H = 8,
+of ``cudnn`` [0], is opaque to all but the backend that made it.
 
 The C++ library implements the ``cpu_*`` operators, and what the ``cuda_*`` operators launch; they exist, and can be
 traced, without it. The ``triton_*`` operators load Triton when they are first called.
@@ -51,6 +51,12 @@ def _fake_train(input: Tensor, hx: Tensor, *rest: Tensor | None) -> tuple[Tensor
     output, h_n = _fake_infer(input, hx, *rest)
     rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
     return output, h_n, input.new_empty(hx.shape[0], rows, 4 * reference.gate_stride(hx.shape[2]))
+
+
+def _fake_train_cpu(input: Tensor, hx: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    output, h_n, gates = _fake_train(input, hx)
+    # saved_units() of csrc/cpu/kernels/gru_kernels.h.
+    return output, h_n, gates if hx.shape[2] > 8 else input.new_empty(*gates.shape[:2], 4 * hx.shape[2])
 
 
 def _fake_train_without_gates(input: Tensor, hx: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -371,7 +377,8 @@ def _define(backend: str, fake_train: Callable[..., Any] = _fake_train) -> GruOp
     return ops
 
 
-GRU_OPS = {name: _define(name) for name in ("reference", "cpu", "triton", "cuda")}
+GRU_OPS = {name: _define(name) for name in ("reference", "triton", "cuda")}
+GRU_OPS["cpu"] = _define("cpu", _fake_train_cpu)
 GRU_OPS["cudnn"] = _define("cudnn", _fake_train_without_gates)
 
 #: What stands for the train operator in eager mode; for all others TrainFunction.

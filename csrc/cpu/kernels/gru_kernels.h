@@ -23,8 +23,11 @@ struct AttentionBackward;
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 constexpr int kDTypes = 4;
 
-// Hidden units of a saved row are padded to this many, a multiple of every W.
-constexpr int64_t kSavedAlign = 16;
+// Hidden units of a saved row are padded to this many, a multiple of every W, unless they are few.
+constexpr int64_t kSavedAlign = 16, kFewUnits = 8;
+constexpr int64_t saved_units(int64_t H) {
+  return H <= kFewUnits ? H : (H + kSavedAlign - 1) / kSavedAlign * kSavedAlign;
+}
 
 struct GruWeights {
   const void* w_ih;  // [3H, I] gates r, z, n; contiguous, storage type
@@ -48,7 +51,7 @@ struct GruForward {
   GruShape s;
   void* y;      // [N, D * H] out
   void* h_n;    // [D, B, H] out
-  void* gates;  // [D, N, 4 * padded H] out, or null: r, z, n, q interleaved per kSavedAlign units, storage type
+  void* gates;  // [D, N, 4 * saved_units(H)] out, or null: see saved_gate() and gru_few_units.inc, storage type
 };
 
 struct GruBackward {
