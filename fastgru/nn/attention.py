@@ -8,12 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import CausalBias
 
 from fastgru import _torch_private, ops
 from fastgru.nn.scripting import torch_twin
 from fastgru.nn.seq2seq import Decoder
-from fastgru.ops.attention import ArgumentError, as_mask
+from fastgru.ops.attention import ArgumentError, as_mask, is_causal_bias
 from fastgru.ops.nested import from_padded, to_padded
 
 # torch's own, whatever the name in torch.nn stands for later (see fastgru.patch).
@@ -59,7 +58,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if query.is_nested or key.is_nested or value.is_nested:
             masks = key_padding_mask, attn_mask
             return self._forward_nested(query, key, value, masks, need_weights, average_attn_weights, is_causal)
-        if isinstance(attn_mask, CausalBias):
+        if is_causal_bias(attn_mask):
             attn_mask = ~as_mask(attn_mask, query)
         self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
         batched = query.dim() == 3

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastgru import _lib, _torch_private
@@ -373,7 +372,7 @@ def flash_attention(
         output = _at_once(query, key, value, attn_mask, scale, causal, causal_align == "bottom_right", enable_gqa)
         if output is not None:
             return output
-    attn_mask, bias = (as_mask(t, query) if isinstance(t, CausalBias) else t for t in (attn_mask, bias))
+    attn_mask, bias = (as_mask(t, query) if is_causal_bias(t) else t for t in (attn_mask, bias))
     tensors = (query, key, value, attn_mask, bias, alibi_slopes, q_lengths, k_lengths)
     if has_torch_function(tensors):
         function: Any = flash_attention
@@ -509,7 +508,7 @@ def scaled_dot_product_attention(
         TypeError: as :func:`flash_attention`.
     """
     if attn_mask is not None and is_causal:
-        if isinstance(attn_mask, CausalBias):
+        if is_causal_bias(attn_mask):
             raise ValueError("CausalBias should not be used with causal=True")
         raise RuntimeError(
             "scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True, got both"
@@ -524,7 +523,7 @@ def scaled_dot_product_attention(
         if output is not None:
             return output
     options = dropout_p, is_causal, scale, enable_gqa
-    if isinstance(attn_mask, CausalBias):
+    if is_causal_bias(attn_mask):
         return _causal_attention(query, key, value, attn_mask, *options)
     for name, t in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
         if not isinstance(t, Tensor) and not (t is None and name == "attn_mask"):
@@ -566,15 +565,21 @@ def scaled_dot_product_attention(
     )
 
 
-def as_mask(bias: CausalBias, query: Tensor) -> Tensor:
+def is_causal_bias(t: Any) -> bool:
+    """Whether ``t`` is a torch.nn.attention.bias.CausalBias. That module is not imported for the question: it takes
+    torch's compiler along."""
+    return type(t) is not Tensor and any(base.__module__ == "torch.nn.attention.bias" for base in type(t).__mro__)
+
+
+def as_mask(bias: Any, query: Tensor) -> Tensor:
     """The mask [L, S] that a causal bias stands for, True may be seen. Its own memory holds nothing."""
-    offset = bias.seq_len_kv - bias.seq_len_q if bias.variant is CausalVariant.LOWER_RIGHT else 0
+    offset = bias.seq_len_kv - bias.seq_len_q if bias.variant.name == "LOWER_RIGHT" else 0
     return torch.ones(bias.seq_len_q, bias.seq_len_kv, dtype=torch.bool, device=query.device).tril(offset)
 
 
-def _causal_attention(query: Tensor, key: Tensor, value: Tensor, bias: CausalBias, *options: Any) -> Tensor:
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, bias: Any, *options: Any) -> Tensor:
     """scaled_dot_product_attention with a causal bias."""
-    if bias.variant is CausalVariant.UPPER_LEFT or bias.seq_len_q == bias.seq_len_kv:
+    if bias.variant.name == "UPPER_LEFT" or bias.seq_len_q == bias.seq_len_kv:
         # Whatever the lengths, as torch.
         dropout_p, _, scale, enable_gqa = options
         return scaled_dot_product_attention(query, key, value, None, dropout_p, True, scale, enable_gqa)
