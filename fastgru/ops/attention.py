@@ -525,22 +525,22 @@ def scaled_dot_product_attention(
     options = dropout_p, is_causal, scale, enable_gqa
     if is_causal_bias(attn_mask):
         return _causal_attention(query, key, value, attn_mask, *options)
-    for name, t in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
-        if not isinstance(t, Tensor) and not (t is None and name == "attn_mask"):
-            raise TypeError(f"scaled_dot_product_attention(): argument '{name}' must be Tensor, not {type(t).__name__}")
     tensors = (query, key, value, attn_mask)
+    for name, t in zip(("query", "key", "value", "attn_mask"), tensors, strict=True):
+        if not isinstance(t, Tensor) and (t is not None or name != "attn_mask"):
+            raise TypeError(f"scaled_dot_product_attention(): argument '{name}' must be Tensor, not {type(t).__name__}")
     if has_torch_function(tensors):
         return handle_torch_function(scaled_dot_product_attention, tensors, *tensors, *options)
     if query.is_nested or key.is_nested or value.is_nested:
         return _nested_attention(query, key, value, attn_mask, *options)
     query, key, value = _autocast(query, key, value)
-    for word, what in (("dtype", "dtype"), ("device", "device type")):
+    if not query.dtype is key.dtype is value.dtype or not query.device == key.device == value.device:
+        word, what = ("device", "device type") if query.dtype is key.dtype is value.dtype else ("dtype", "dtype")
         q, k, v = (getattr(t, word) for t in (query, key, value))
-        if not q == k == v:
-            raise ArgumentError(
-                f"Expected query, key, and value to have the same {what}, but got query.{word}: {q} key.{word}: {k} "
-                f"and value.{word}: {v} instead."
-            )
+        raise ArgumentError(
+            f"Expected query, key, and value to have the same {what}, but got query.{word}: {q} key.{word}: {k} "
+            f"and value.{word}: {v} instead."
+        )
     if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
         raise ArgumentError(
             f"Expected query, key, and value to all be at least 2 dimensional, but got query.dim: {query.dim()} "
