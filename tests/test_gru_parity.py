@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from fastgru.testing import GruProblem, assert_parity, pairwise
-from tests.conftest import ENGINES
+from fastgru.testing import GruProblem, assert_parity, pairwise, parity
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FACTORS: dict[str, list[Any]] = {
@@ -52,21 +52,32 @@ FEW = [
 ]
 
 
-@pytest.mark.parametrize("engine", ENGINES[1:], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("save_gates", [True, False])
 @pytest.mark.parametrize("problem", FEW, ids=str)
 def test_few_units(engine: str, problem: GruProblem, save_gates: bool, dtype: torch.dtype) -> None:
-    assert_parity(replace(problem, dtype=dtype, seed=1), save_gates)
+    assert_parity(replace(problem, dtype=dtype), save_gates)
 
 
 # Torch sums a product of few columns in the lanes of a vector, which is more exact than a chain as long as the input.
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("sizes", [(130, 2), (130, 1), (257, 2)], ids=str)
-def test_few_units_of_many_inputs(engine: str, sizes: tuple[int, int], packed: bool, bidirectional: bool) -> None:
-    I, H = sizes
-    assert_parity(GruProblem(T=33, B=9, I=I, H=H, packed=packed, bidirectional=bidirectional, seed=50))
+@pytest.mark.parametrize("inputs", [130, 257])
+def test_few_units_of_many_inputs(engine: str, inputs: int, packed: bool, bidirectional: bool) -> None:
+    assert_parity(GruProblem(T=33, B=9, I=inputs, H=2, packed=packed, bidirectional=bidirectional))
+
+
+# The largest error of a recurrence of one unit is that of the draw that amplifies rounding most: which implementation
+# meets it is luck. What is not is the mean over draws.
+@pytest.mark.parametrize("sizes", [(8, 1), (64, 1), (130, 1), (130, 2), (1, 8)], ids=str)
+def test_few_units_in_the_geometric_mean(engine: str, sizes: tuple[int, int]) -> None:
+    problem = GruProblem(T=33, B=9, I=sizes[0], H=sizes[1], packed=True)
+    logs: dict[str, list[float]] = {}
+    for seed in range(24):
+        for comparison in parity(replace(problem, seed=seed), draws=1):
+            if comparison.error and comparison.torch_error:
+                logs.setdefault(comparison.name, []).append(math.log(comparison.error / comparison.torch_error))
+    assert {name: mean for name, found in logs.items() if (mean := math.exp(sum(found) / len(found))) > 2} == {}
 
 
 @pytest.mark.usefixtures("chunks")

@@ -248,7 +248,8 @@ def gru_backward(
         if need_input_grad:
             grad_x += grad_i @ w_ih_d
         if need_weight_grad:
-            sums = (grad_i.t() @ x.conj(), grad_g.t() @ previous, grad_i.sum(0), grad_g.sum(0))
+            sums = (_product_over_rows(grad_i, x.conj()), _product_over_rows(grad_g, previous))
+            sums = (*sums, grad_i.sum(0), grad_g.sum(0))
         else:
             sums = (x.new_empty(0),) * 4
         per_direction.append((dh, *sums))
@@ -259,6 +260,15 @@ def gru_backward(
         grad_weights = [input.new_empty(0) for _ in grad_weights]
     g_w_ih, g_w_hh, g_b_ih, g_b_hh = grad_weights
     return grad_input, grad_hx, g_w_ih, g_w_hh, g_b_ih, g_b_hh
+
+
+def _product_over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right, in pieces: a product of few columns sums all rows in one chain, and so loses digits."""
+    piece = max(64, -(-left.size(0) // 16))
+    total = left.new_zeros(left.size(1), right.size(1))
+    for start in range(0, left.size(0), piece):
+        total += left[start : start + piece].t() @ right[start : start + piece]
+    return total
 
 
 def _previous_states(output: Tensor, h0: Tensor, order: list[tuple[int, int]]) -> Tensor:
