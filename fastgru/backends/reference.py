@@ -248,8 +248,8 @@ def gru_backward(
         if need_input_grad:
             grad_x += grad_i @ w_ih_d
         if need_weight_grad:
-            sums = (_product_over_rows(grad_i, x.conj()), _product_over_rows(grad_g, previous))
-            sums = (*sums, grad_i.sum(0), grad_g.sum(0))
+            products = _product_over_rows(grad_i, x.conj()), _product_over_rows(grad_g, previous)
+            sums = (*products, grad_i.sum(0), grad_g.sum(0))
         else:
             sums = (x.new_empty(0),) * 4
         per_direction.append((dh, *sums))
