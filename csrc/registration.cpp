@@ -3,8 +3,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/attention_op.h"
-#include "cpu/gru_op.h"
-#include "cpu/tensor.h"
+#include "cpu/gru/op.h"
+#include "cpu/memory.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fastgru, CPU, m) {
   m.impl("cpu_gru_infer", TORCH_BOX(&fastgru::gru_infer));

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "gru_op.h"
+#include "gru/op.h"
 #include "isa.h"
 #include "tensor.h"
 

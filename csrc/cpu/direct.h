@@ -2,8 +2,9 @@
 // header is needed to include this.
 #pragma once
 
+#include "gru/types.h"
+#include "kernel_table.h"
 #include "kernels/attention_kernels.h"
-#include "kernels/gru_kernels.h"
 
 namespace fastgru {
 

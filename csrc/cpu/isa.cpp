@@ -1,10 +1,6 @@
 #include "isa.h"
 
-#include <sys/resource.h>
-#include <unistd.h>
-
 #include <atomic>
-#include <chrono>
 #include <cstdlib>
 #include <stdexcept>
 #include <vector>
@@ -59,30 +55,6 @@ const Engine* find_engine(const std::string& name) {
 std::atomic<const Engine*> chosen{nullptr};
 
 }  // namespace
-
-int64_t l2_bytes() {
-  static const int64_t bytes = [] {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    const long reported = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (reported > 0) return int64_t(reported);
-#endif
-    return int64_t(1) << 20;
-  }();
-  return bytes;
-}
-
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
-int64_t preemptions() {
-#if defined(RUSAGE_THREAD)
-  rusage usage;
-  if (getrusage(RUSAGE_THREAD, &usage) == 0) return usage.ru_nivcsw;
-#endif
-  return 0;
-}
 
 const Engine& current_engine() {
   const Engine* engine = chosen.load(std::memory_order_acquire);

@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "kernels/gru_kernels.h"
+#include "kernel_table.h"
 
 namespace fastgru {
 

@@ -55,7 +55,7 @@ def _fake_train(input: Tensor, hx: Tensor, *rest: Tensor | None) -> tuple[Tensor
 
 def _fake_train_cpu(input: Tensor, hx: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     output, h_n, gates = _fake_train(input, hx)
-    # saved_units() of csrc/cpu/kernels/gru_kernels.h.
+    # saved_units() of csrc/cpu/gru/types.h.
     return output, h_n, gates if hx.shape[2] > 8 else input.new_empty(*gates.shape[:2], 4 * hx.shape[2])
 
 

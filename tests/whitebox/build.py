@@ -13,7 +13,8 @@ from types import ModuleType
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-SOURCES = [HERE / "whitebox.cpp", CSRC / "cpu/isa.cpp", *sorted((CSRC / "cpu/kernels").glob("engine_*.cpp"))]
+CPU = CSRC / "cpu"
+SOURCES = [HERE / "whitebox.cpp", CPU / "isa.cpp", CPU / "platform.cpp", *sorted((CPU / "engines").glob("*.cpp"))]
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
 
 

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/kernels/team.h"
+#include "cpu/threads/phases.h"
 
 namespace py = pybind11;
 using fastgru::Engine;

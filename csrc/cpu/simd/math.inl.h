@@ -1,4 +1,4 @@
-// exp, sigmoid and tanh of a vector. Included after simd.inc.
+// exp, sigmoid and tanh of a vector. Included after simd/common.inl.h.
 //
 // All three share one reduction: x = n ln2 + r with |r| <= ln2 / 2, and e^r - 1 = r + r^2 Q(r), Q a polynomial
 // (float: minimax, relative error 2.4e-10; double: the Taylor series, relative error 1.2e-17).

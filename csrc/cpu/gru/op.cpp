@@ -1,12 +1,13 @@
 // The tensor layer of the CPU backend: from torch tensors to the structs of the engine and back.
-#include "gru_op.h"
+#include "op.h"
 
 #include <atomic>
 #include <string>
 #include <vector>
 
-#include "isa.h"
-#include "tensor.h"
+#include "../isa.h"
+#include "../tensor.h"
+#include "types.h"
 
 namespace fastgru {
 namespace {

@@ -10,12 +10,28 @@ namespace fastgru {
 namespace FASTGRU_ISA {
 
 // clang-format off: each needs the ones before it
-#include "simd.inc"
-#include "math.inc"
-#include "gemm.inc"
-#include "gru.inc"
-#include "gru_few_units.inc"
-#include "attention.inc"
+#include "../simd/common.inl.h"
+#include "../simd/math.inl.h"
+#include "../simd/reduce.inl.h"
+#include "../gemm/tile.inl.h"
+#include "../gemm/panel.inl.h"
+#include "../gemm/pack.inl.h"
+#include "../gemm/dot.inl.h"
+#include "../gemm/lanes.inl.h"
+#include "../scratch.inl.h"
+#include "../threads/region.inl.h"
+#include "../gru/cell.inl.h"
+#include "../gru/plan.inl.h"
+#include "../gru/weights.inl.h"
+#include "../gru/forward.inl.h"
+#include "../gru/single_step.inl.h"
+#include "../gru/few_units.inl.h"
+#include "../gru/backward.inl.h"
+#include "../gru/recompute.inl.h"
+#include "../gru/backward_products.inl.h"
+#include "../gru/few_units_backward.inl.h"
+#include "../gru/entry.inl.h"
+#include "../kernels/attention.inc"
 // clang-format on
 
 #if defined(FASTGRU_NATIVE_BF16)

@@ -1,7 +1,9 @@
 // The engine for AVX2 with FMA and F16C.
-#include "attention_kernels.h"
-#include "gru_kernels.h"
-#include "team.h"
+#include "../gru/types.h"
+#include "../kernel_table.h"
+#include "../kernels/attention_kernels.h"
+#include "../platform.h"
+#include "../threads/phases.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,7 +17,7 @@
 #endif
 #define FASTGRU_ISA avx2
 #define FASTGRU_VECTOR_BYTES 32
-#include "engine.inc"
+#include "engine.inl.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

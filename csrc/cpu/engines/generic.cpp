@@ -1,12 +1,14 @@
 // The engine in 128-bit vectors, for any processor.
 #include <new>
 
-#include "attention_kernels.h"
-#include "gru_kernels.h"
-#include "team.h"
+#include "../gru/types.h"
+#include "../kernel_table.h"
+#include "../kernels/attention_kernels.h"
+#include "../platform.h"
+#include "../threads/phases.h"
 
 #define FASTGRU_ISA generic
 #define FASTGRU_VECTOR_BYTES 16
-#include "engine.inc"
+#include "engine.inl.h"
 
 const fastgru::Engine* fastgru::engine_generic() { return &generic::engine; }

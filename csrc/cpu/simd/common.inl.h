@@ -9,6 +9,10 @@
 #define FASTGRU_INLINE static inline __attribute__((always_inline))
 #define FASTGRU_METHOD inline __attribute__((always_inline))
 
+FASTGRU_INLINE int64_t imin(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTGRU_INLINE int64_t imax(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTGRU_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct bf16 {
   uint16_t bits;
 };
@@ -224,15 +228,6 @@ FASTGRU_INLINE void store_upto(S* p, vec<compute_t<S>> v, int n) {
     store(p, v);
   else
     store_n(p, v, n);
-}
-
-// The first n lanes of v; zero in the others, whatever they held.
-template <class C>
-FASTGRU_INLINE vec<C> keep(vec<C> v, int n) {
-  typename Simd<C>::ivec lane;
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes<C>; ++i) lane[i] = i;
-  return lane < n ? v : vec<C>{};
 }
 
 template <class S>

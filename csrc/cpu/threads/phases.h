@@ -20,7 +20,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "gru_kernels.h"
+#include "../platform.h"
 
 namespace fastgru {
 

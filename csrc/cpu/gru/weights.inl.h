@@ -1,0 +1,71 @@
+// The weights of a layer, packed for the forward pass, and the product of its inputs.
+
+// Products of few columns are short sums in torch, one for every lane of a vector: chains of no more than that here.
+static int64_t chain_depth(const GruShape& s) { return s.H <= kFewUnits ? 16 : kDepth; }
+
+// The weights of a layer as the products of the forward pass want them.
+template <class S>
+struct LayerWeights {
+  using C = compute_t<S>;
+  using E = operand_t<S>;
+  static constexpr int W = lanes<C>;
+
+  const GruShape& s;
+  int64_t blocks;
+  bool once;  // the input product is computed in one go: each of its panels is packed when its turn comes
+  Panels<E> w_ih[2], w_hh[2];  // one panel per block: [block][k][r z n][W]
+  E* turn;                     // once: [workers][panels at a time]
+  int64_t turn_size;
+  C* biases[2];  // [blocks][r z n q][W]
+
+  LayerWeights(const GruShape& shape, int64_t blocks_, bool once_, int workers, const Scratch& scratch)
+      : s(shape), blocks(blocks_), once(once_), turn_size(panels_size<E>(s.I, 3 * kMostPanels * W)) {
+    turn = once ? take<E>(scratch, workers * turn_size) : nullptr;
+    for (int d = 0; d < s.D; ++d) {
+      E* all = once ? nullptr : take<E>(scratch, panels_size<E>(s.I, 3 * blocks * W));
+      w_ih[d] = {all, padded_depth<E>(s.I), 3 * blocks};
+      w_hh[d] = {take<E>(scratch, panels_size<E>(s.H, 3 * blocks * W)), padded_depth<E>(s.H), 3 * blocks};
+      biases[d] = take<C>(scratch, 4 * blocks * W);
+    }
+  }
+
+  // Block j of a matrix [3H, K].
+  void pack_block(const void* w, int64_t K, int64_t j, const E* to) const {
+    for (int g = 0; g < 3; ++g)
+      pack_transposed(static_cast<const S*>(w) + (g * s.H + j * W) * K, K, int(imin(W, s.H - j * W)), K,
+                      const_cast<E*>(to) + g * W * kPair<E>, 3 * W * kPair<E>);
+  }
+
+  void pack(int d, int64_t j) const {
+    if (!once) pack_block(s.w[d].w_ih, s.I, j, w_ih[d].panel(j));
+    pack_block(s.w[d].w_hh, s.H, j, w_hh[d].panel(j));
+    load_biases<C, S>(s.w[d], s.H, j, biases[d] + j * 4 * W);
+  }
+
+  // Input part of the gates of blocks [j0, j1), biases and all, of `tokens` rows: put(row, block) is where its r z n
+  // go.
+  template <class Rows, class Put>
+  FASTGRU_METHOD void project(int worker, int d, int64_t tokens, Rows&& rows, int64_t j0, int64_t j1, Put&& put) const {
+    Panels<E> panels = w_ih[d];
+    panels.depth = chain_depth(s);
+    int64_t first = 0, step = j1 - j0;
+    if (once) panels.data = turn + worker * turn_size, step = kMostPanels;
+    for (; j0 < j1; j0 += step) {
+      const int64_t end = imin(j1, j0 + step);
+      if (once) {
+        first = j0;
+        panels.vectors = 3 * (end - j0);
+        for (int64_t j = j0; j < end; ++j) pack_block(s.w[d].w_ih, s.I, j, panels.panel(j - first));
+      }
+      panel_product<E>(
+          tokens, [&](int, int64_t i) { return rows(i); }, 1, &panels, j0 - first, end - first,
+          [&](int64_t i0, int count, int64_t p, int, const C* tile) {
+            for (int i = 0; i < count; ++i) {
+              C* to = put(i0 + i, first + p);
+              for (int g = 0; g < 3; ++g)
+                store(to + g * W, load(tile + (i * 3 + g) * W) + load(biases[d] + ((first + p) * 4 + g) * W));
+            }
+          });
+    }
+  }
+};

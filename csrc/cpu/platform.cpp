@@ -1,0 +1,46 @@
+#include "platform.h"
+
+#include <pthread.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <chrono>
+
+namespace fastgru {
+namespace {
+
+// OpenMP keeps a pool for every thread that has run a region, whoever's it was. Of that thread a child of fork has a
+// copy, of the pool's threads none: a region would wait for them for ever. So the one thread that comes through a fork
+// works alone, and so does the one that comes through the next; threads that the child starts make pools of their own.
+thread_local bool forked = false;
+[[maybe_unused]] const int watches_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+}  // namespace
+
+int64_t l2_bytes() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const long reported = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (reported > 0) return int64_t(reported);
+#endif
+    return int64_t(1) << 20;
+  }();
+  return bytes;
+}
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+int64_t preemptions() {
+#if defined(RUSAGE_THREAD)
+  rusage usage;
+  if (getrusage(RUSAGE_THREAD, &usage) == 0) return usage.ru_nivcsw;
+#endif
+  return 0;
+}
+
+bool forked_thread() { return forked; }
+
+}  // namespace fastgru
