@@ -1,4 +1,4 @@
-"""The torch-free CPU kernels by themselves: vector functions, conversions, products and the team of workers."""
+"""The torch-free CPU kernels by themselves: vector functions, conversions, products and the phases of workers."""
 
 from __future__ import annotations
 
@@ -108,9 +108,9 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(whitebox: ModuleType, 
 def test_team_runs_every_item_once_and_in_order(
     whitebox: ModuleType, workers: int, late: list[int], items: int
 ) -> None:
-    assert whitebox.team_violations(workers, 60, items, late, 0.01, False) == 0
+    assert whitebox.phase_violations(workers, 60, items, late, 0.01, False) == 0
 
 
 def test_team_needs_no_second_thread(whitebox: ModuleType) -> None:
     # A nested parallel region runs its workers one after the other on one thread.
-    assert whitebox.team_violations(4, 100, 9, [], 0.0, True) == 0
+    assert whitebox.phase_violations(4, 100, 9, [], 0.0, True) == 0

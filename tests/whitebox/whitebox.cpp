@@ -156,20 +156,20 @@ Array<float> gemm(const std::string& isa, const Array<float>& a, const Array<flo
   return c;
 }
 
-// Runs `stages` stages of `items` items on `workers` threads, of which those in `late` start only after `delay` and
-// all of which now and then sleep in the middle of an item. Returns how often each item was executed out of order (an
-// item of the stage before not yet complete) or not exactly once: zero when the team keeps its promise.
-int64_t team_violations(int workers, int stages, int items, const std::vector<int>& late, double delay, bool serial) {
-  fastgru::Team team(workers);
-  std::vector<std::atomic<int>> runs(size_t(stages) * items);
+// Runs `count` phases of `items` items on `workers` threads. Those in `late` start only after `delay`; all of them now
+// and then sleep in the middle of an item. Returns how many items ran out of order (an item of the phase before not yet
+// complete) or not exactly once: zero.
+int64_t phase_violations(int workers, int count, int items, const std::vector<int>& late, double delay, bool serial) {
+  fastgru::Phases phases(workers);
+  std::vector<std::atomic<int>> runs(size_t(count) * items);
   std::atomic<int64_t> violations{0};
   const auto body = [&](int index) {
     for (int w : late)
       if (w == index) std::this_thread::sleep_for(std::chrono::duration<double>(delay));
-    fastgru::Worker worker(team, index);
+    fastgru::Worker worker(phases, index);
     std::mt19937 random(index);
-    for (int s = 0; s < stages; ++s)
-      worker.stage(items, s & 1, [&](int64_t i) {
+    for (int s = 0; s < count; ++s)
+      worker.phase(items, s & 1, [&](int64_t i) {
         if (s > 0)
           for (int j = 0; j < items; ++j)
             if (runs[size_t(s - 1) * items + j].load(std::memory_order_relaxed) != 1) ++violations;
@@ -203,5 +203,5 @@ PYBIND11_MODULE(_whitebox, m) {
   m.def("widen", widen);
   m.def("narrow", narrow);
   m.def("gemm", gemm);
-  m.def("team_violations", team_violations);
+  m.def("phase_violations", phase_violations);
 }

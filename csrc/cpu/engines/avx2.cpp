@@ -16,7 +16,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #define FASTGRU_ISA avx2
-#define FASTGRU_VECTOR_BYTES 32
+#define FASTGRU_SIMD "../simd/avx2.inl.h"
 #include "engine.inl.h"
 #if defined(__clang__)
 #pragma clang attribute pop

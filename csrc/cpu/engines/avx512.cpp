@@ -17,7 +17,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 #define FASTGRU_ISA avx512
-#define FASTGRU_VECTOR_BYTES 64
+#define FASTGRU_SIMD "../simd/avx512.inl.h"
 #include "engine.inl.h"
 #if defined(__clang__)
 #pragma clang attribute pop

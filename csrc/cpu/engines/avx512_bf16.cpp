@@ -17,8 +17,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #endif
 #define FASTGRU_ISA avx512_bf16
-#define FASTGRU_VECTOR_BYTES 64
-#define FASTGRU_NATIVE_BF16 1
+#define FASTGRU_SIMD "../simd/avx512_bf16.inl.h"
 #include "engine.inl.h"
 #if defined(__clang__)
 #pragma clang attribute pop

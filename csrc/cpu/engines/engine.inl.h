@@ -1,5 +1,5 @@
 // One complete engine for the instruction set whose target region this file is included in.
-// FASTGRU_ISA is its name (also the namespace), FASTGRU_VECTOR_BYTES the width of its registers.
+// FASTGRU_ISA is its name (also the namespace), FASTGRU_SIMD the file of its instruction set.
 // Nothing of the standard library may be instantiated here: the linker keeps one copy of an inline function for the
 // whole program, and it must not be the one compiled for the newest machine.
 
@@ -10,6 +10,7 @@ namespace fastgru {
 namespace FASTGRU_ISA {
 
 // clang-format off: each needs the ones before it
+#include FASTGRU_SIMD
 #include "../simd/common.inl.h"
 #include "../simd/math.inl.h"
 #include "../simd/reduce.inl.h"
@@ -39,7 +40,7 @@ namespace FASTGRU_ISA {
 // Only what the instruction changes; isa.cpp takes the rest from the AVX-512 engine.
 static const Engine engine = {
     FASTGRU_STRING(FASTGRU_ISA),
-    FASTGRU_VECTOR_BYTES,
+    kVectorBytes,
     {nullptr, nullptr, gru_forward<bf16>, nullptr},
     {nullptr, nullptr, gru_backward<bf16>, nullptr},
     {nullptr, nullptr, attention_forward<bf16>, nullptr},
@@ -122,7 +123,7 @@ static void gemm_f32(int64_t M, int64_t N, int64_t K, const float* a, const floa
 
 static const Engine engine = {
     FASTGRU_STRING(FASTGRU_ISA),
-    FASTGRU_VECTOR_BYTES,
+    kVectorBytes,
     {gru_forward<float>, gru_forward<double>, gru_forward<bf16>, gru_forward<f16>},
     {gru_backward<float>, gru_backward<double>, gru_backward<bf16>, gru_backward<f16>},
     {attention_forward<float>, attention_forward<double>, attention_forward<bf16>, attention_forward<f16>},

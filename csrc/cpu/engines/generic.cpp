@@ -8,7 +8,7 @@
 #include "../threads/phases.h"
 
 #define FASTGRU_ISA generic
-#define FASTGRU_VECTOR_BYTES 16
+#define FASTGRU_SIMD "../simd/generic.inl.h"
 #include "engine.inl.h"
 
 const fastgru::Engine* fastgru::engine_generic() { return &generic::engine; }

@@ -38,9 +38,7 @@ static void pack_transposed(const bf16* src, int64_t ld, int columns, int64_t K,
     const int depth = K - k < 2 * W ? int(K - k) : 2 * W;
     vf32 block[W];
 #pragma GCC unroll 16
-    for (int l = 0; l < W; ++l)
-      block[l] = l < columns ? (vf32)_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << depth) - 1), src + l * ld + k)
-                             : vf32{};
+    for (int l = 0; l < W; ++l) block[l] = l < columns ? load_pairs(src + l * ld + k, depth) : vf32{};
     transpose_block<float>(block);
     for (int l = 0; l < (depth + 1) / 2; ++l) store(words + (k / 2 + l) * (stride / 2), block[l]);
   }
@@ -53,8 +51,7 @@ FASTGRU_INLINE void pack_rows(Row&& row, int64_t K, int64_t columns, int width, 
     const bf16* src = k < K ? row(k) : nullptr;
     const int64_t left = columns - v * W;
     vu16half half = {};
-    if (src && left > 0)
-      half = (vu16half)_mm256_maskz_loadu_epi16(__mmask16((1u << (left < W ? left : W)) - 1), src + v * W);
+    if (src && left > 0) half = load_bits(src + v * W, int(left < W ? left : W));
     return __builtin_convertvector(half, vu32);
   };
   float* words = reinterpret_cast<float*>(out);

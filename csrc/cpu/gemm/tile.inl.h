@@ -7,16 +7,11 @@
 // order. So its value depends on its row, its column and K alone: never on tile shapes, neighbours in the batch or
 // threads.
 
-constexpr int kPanel = 3;  // vectors per panel: the three gates of W hidden units, or 3 W columns
-#if FASTGRU_VECTOR_BYTES == 64
-constexpr int kRows = 8;  // 8 x 3 accumulators of 32 registers
-constexpr int kTile = 24;
-#else
-constexpr int kRows = 4;  // 4 x 3 accumulators of 16 registers
-constexpr int kTile = 12;
-#endif
+constexpr int kPanel = 3;                    // vectors per panel: the three gates of W hidden units, or 3 W columns
+constexpr int kRows = kVectorRegisters / 4;  // 8 x 3 accumulators of 32 registers, 4 x 3 of 16
+constexpr int kTile = kRows * kPanel;
 // Without fused multiply-adds every product is rounded too: shorter chains then.
-constexpr int64_t kDepth = FASTGRU_VECTOR_BYTES == 16 ? 64 : 256;
+constexpr int64_t kDepth = kFusedMultiplyAdd ? 256 : 64;
 
 // How many panels a tile of `rows` rows covers, so that enough independent accumulators hide the latency of fma.
 constexpr int kMostPanels = 4;
@@ -110,13 +105,14 @@ struct TileTableOf {
                                                                  {tile_kernel<E, I + 1, 1, 2, Transposed>...},
                                                                  {tile_kernel<E, I + 1, 1, 3, Transposed>...}};
 };
-#if FASTGRU_VECTOR_BYTES == 64
+template <class E, bool Transposed, int Rows>
+struct TileTableBy;
 template <class E, bool Transposed>
-using TileTable = TileTableOf<E, Transposed, 0, 1, 2, 3, 4, 5, 6, 7>;
-#else
+struct TileTableBy<E, Transposed, 4> : TileTableOf<E, Transposed, 0, 1, 2, 3> {};
 template <class E, bool Transposed>
-using TileTable = TileTableOf<E, Transposed, 0, 1, 2, 3>;
-#endif
+struct TileTableBy<E, Transposed, 8> : TileTableOf<E, Transposed, 0, 1, 2, 3, 4, 5, 6, 7> {};
+template <class E, bool Transposed>
+using TileTable = TileTableBy<E, Transposed, kRows>;
 
 // Largest output of one kernel call, in elements.
 template <class C>

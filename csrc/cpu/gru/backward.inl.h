@@ -5,7 +5,7 @@ constexpr int64_t kBiasDepth = 32;   // tokens summed in one chain before they a
 constexpr int64_t kGroup = 4;        // panels of a product's result per item
 constexpr int64_t kTokenGroup = 64;  // tokens of dx per item
 constexpr int64_t kUnitGroup = 64;   // hidden units per item where tokens are paired
-constexpr int64_t kChunkBytes = int64_t(1) << 20;  // of gate gradients: they are used again while near
+constexpr int64_t kChunkBytes = int64_t(1) << 20;  // of gate gradients: read again while near
 
 template <class S>
 struct Backward {
@@ -26,7 +26,7 @@ struct Backward {
   // Rows in the order of the planes; columns H and I. W_ih in two parts per direction, [n] and [r z], because its rows
   // come in another order where it is used as it lies in memory.
   Panels<E> w_hh[2], w_ih[4];
-  bool direct;            // both are used as they lie in memory
+  bool weights_in_place;  // both are used as they lie in memory
   const S** input;        // [N] input rows
   const S** previous[2];  // [N] rows of the state before the token's step
   C* dh_carry[2];         // [B][units] dh * z of the step before
@@ -57,7 +57,7 @@ struct Backward {
             6.0 * s.D * s.N * s.H * (s.H + (f.dx ? s.I : 0) + (f.dw_ih ? s.I + s.H : 0) + (f.gates ? 0 : s.I + s.H)),
             3 * s.H * s.H * int64_t(sizeof(E)), 3 * s.D * s.H * (s.H + s.I) * int64_t(sizeof(E))),
         steps(s, take<int64_t>(scratch, s.T + 1)),
-        direct(same<S, E> && kPair<E> == 1 && s.T == 1 && s.B <= kRows && s.H % W == 0 && s.I % W == 0),
+        weights_in_place(same<S, E> && kPair<E> == 1 && s.T == 1 && s.B <= kRows && s.H % W == 0 && s.I % W == 0),
         weights(nullptr) {
     const int64_t near = imax(kDepth, kChunkBytes / (4 * units * int64_t(sizeof(E))));
     const int64_t target = f.chunk_tokens ? f.chunk_tokens : near;
@@ -68,7 +68,7 @@ struct Backward {
     const int64_t columns = ceil_div(s.I, W);
     input = take<const S*>(scratch, s.N);
     for (int d = 0; d < s.D; ++d) {
-      if (direct) {
+      if (weights_in_place) {
         const E *hh = static_cast<const E*>(s.w[d].w_hh), *ih = static_cast<const E*>(s.w[d].w_ih);
         w_hh[d] = {hh, 3 * s.H, blocks, s.H};
         w_ih[2 * d] = {ih + 2 * s.H * s.I, s.H, columns, s.I};
@@ -126,7 +126,7 @@ struct Backward {
 
   void pack(const S* w, int64_t columns, int first_plane, const Panels<E>& panels, int64_t p) const;
   void prepare(int d) const;
-  FASTGRU_METHOD void gate_gradients(int d, int64_t token, const C* again, E* out, int64_t b, int64_t j,
+  FASTGRU_METHOD void gate_gradients(int d, int64_t token, const C* recomputed, E* out, int64_t b, int64_t j,
                                      vec<C> dh) const;
   void step(int d, int64_t step, int64_t b0, int64_t b1, int64_t p0, int64_t p1) const;
   void run(Worker& worker) const;
@@ -176,16 +176,16 @@ inline void Backward<S>::prepare(int d) const {
 }
 
 // From dL/dh after a step to the gate gradients of W units of one row, and the part of dL/dh that bypasses the gates.
-// `again`: the row's recomputed gates, or null.
+// `recomputed`: the row's gates where the forward pass did not save them, else null.
 template <class S>
-FASTGRU_METHOD void Backward<S>::gate_gradients(int d, int64_t token, const C* again, E* out, int64_t b, int64_t j,
+FASTGRU_METHOD void Backward<S>::gate_gradients(int d, int64_t token, const C* recomputed, E* out, int64_t b, int64_t j,
                                                 vec<C> dh) const {
   const int left = int(imin(W, s.H - j * W));
   if (f.dy) dh = dh + load_upto(static_cast<const S*>(f.dy) + token * s.D * s.H + d * s.H + j * W, left);
   vec<C> r, z, n, q;
-  if (again) {
-    again += j * 4 * W;
-    r = load(again), z = load(again + W), n = load(again + 2 * W), q = load(again + 3 * W);
+  if (recomputed) {
+    recomputed += j * 4 * W;
+    r = load(recomputed), z = load(recomputed + W), n = load(recomputed + 2 * W), q = load(recomputed + 3 * W);
   } else {
     const S* saved = static_cast<const S*>(f.gates) + (d * s.N + token) * saved_row + saved_gate(j * W);
     const int held = plane < kSavedAlign ? left : W;
@@ -215,8 +215,8 @@ inline void Backward<S>::step(int d, int64_t step, int64_t b0, int64_t b1, int64
   const int64_t chunk = imax(step, 0) / chunk_steps;
   E* const out = rows ? step_dgates(d, chunk, step) : nullptr;
   const E* const from = rows_next ? step_dgates(d, chunk, step + 1) + kR * units : nullptr;
-  const C* const again = rows && !f.gates ? gates[d] + (token - chunk_token(d, chunk)) * 4 * units : nullptr;
-  const auto again_row = [&](int64_t b) { return again ? again + b * 4 * units : nullptr; };
+  const C* const recomputed = rows && !f.gates ? gates[d] + (token - chunk_token(d, chunk)) * 4 * units : nullptr;
+  const auto recomputed_row = [&](int64_t b) { return recomputed ? recomputed + b * 4 * units : nullptr; };
   // What the gates of a tile need lies far apart in memory: it is on its way while the tile is computed.
   const auto ahead = [&](int64_t i0, int count, int64_t p, int width) {
     for (int64_t b = b0 + i0; b < imin(b0 + i0 + count, rows); ++b) {
@@ -237,7 +237,7 @@ inline void Backward<S>::step(int d, int64_t step, int64_t b0, int64_t b1, int64
             const int64_t b = b0 + i0 + i, j = p * kPanel + v;
             const vec<C> dh = load(tile + (i * width + v) * W) + load(dh_carry[d] + b * units + j * W);
             if (b < rows)
-              gate_gradients(d, token + b, again_row(b), out + b * gate_row, b, j, dh);
+              gate_gradients(d, token + b, recomputed_row(b), out + b * gate_row, b, j, dh);
             else  // the row's recurrence began at step + 1
               store_upto(static_cast<S*>(f.dh0) + (d * s.B + b) * s.H + j * W, dh, int(imin(W, s.H - j * W)));
           }
@@ -246,7 +246,7 @@ inline void Backward<S>::step(int d, int64_t step, int64_t b0, int64_t b1, int64
   for (int64_t b = imax(b0, rows_next); b < imin(b1, rows); ++b)
     for (int64_t j = p0 * kPanel; j < imin(blocks, p1 * kPanel); ++j) {
       const S* dh_n = static_cast<const S*>(f.dh_n);
-      gate_gradients(d, token + b, again_row(b), out + b * gate_row, b, j,
+      gate_gradients(d, token + b, recomputed_row(b), out + b * gate_row, b, j,
                      dh_n ? load_upto(dh_n + (d * s.B + b) * s.H + j * W, int(imin(W, s.H - j * W))) : vec<C>{});
     }
 }
@@ -254,8 +254,9 @@ inline void Backward<S>::step(int d, int64_t step, int64_t b0, int64_t b1, int64
 template <class S>
 inline void Backward<S>::run(Worker& worker) const {
   const int64_t h_panels = ceil_div(blocks, kPanel), i_panels = ceil_div(ceil_div(s.I, W), kPanel);
-  const int64_t packed_h = direct ? 0 : h_panels, packed = packed_h + (f.dx && !direct ? i_panels : 0);
-  worker.stage(s.D * (packed + 1 + (weights ? blocks : 0)), false, [&](int64_t item) {
+  const int64_t packed_h = weights_in_place ? 0 : h_panels,
+                packed = packed_h + (f.dx && !weights_in_place ? i_panels : 0);
+  worker.phase(s.D * (packed + 1 + (weights ? blocks : 0)), false, [&](int64_t item) {
     const int d = int(item % s.D);
     const int64_t i = item / s.D - 1;
     if (i < 0)
@@ -278,17 +279,17 @@ inline void Backward<S>::run(Worker& worker) const {
 template <class S>
 inline void Backward<S>::recurrence(Worker& worker, int64_t chunk, int64_t h_panels) const {
   const int64_t begin = chunk * chunk_steps, end = imin(s.T, begin + chunk_steps), last = begin ? begin : -1;
-  const Items items(sharing.workers, h_panels, s.B, 3 * units * kPanel * W);
-  if (sharing.lanes) {
-    worker.stage(s.D * sharing.lanes, false, [&](int64_t item) {
-      const int d = int(item / sharing.lanes);
-      const int64_t lane = item % sharing.lanes;
-      const int64_t b0 = s.B * lane / sharing.lanes, b1 = s.B * (lane + 1) / sharing.lanes;
+  const PanelItems items(sharing.workers, h_panels, s.B, 3 * units * kPanel * W);
+  if (sharing.batch_slices) {
+    worker.phase(s.D * sharing.batch_slices, false, [&](int64_t item) {
+      const int d = int(item / sharing.batch_slices);
+      const int64_t slice = item % sharing.batch_slices;
+      const int64_t b0 = s.B * slice / sharing.batch_slices, b1 = s.B * (slice + 1) / sharing.batch_slices;
       for (int64_t t = end - 1; t >= last; --t) step(d, t, b0, b1, 0, h_panels);
     });
   } else {
     for (int64_t t = end - 1; t >= last; --t)
-      worker.stage(s.D * items.count, t & 1, [&](int64_t item) {
+      worker.phase(s.D * items.count, t & 1, [&](int64_t item) {
         const int64_t i = item % items.count;
         step(int(item / items.count), t, 0, s.B, items.begin(i), items.end(i));
       });

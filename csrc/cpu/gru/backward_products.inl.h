@@ -12,7 +12,7 @@ template <class S>
 inline void Backward<S>::input_gradient(int d, int64_t chunk, int64_t n0, int64_t n1, int64_t p0, int64_t p1) const {
   const E* from = dgates[d];
   const int64_t token = chunk_token(d, chunk);
-  // The other direction was at these tokens first if it meets them in an earlier stage: the second one adds.
+  // The other direction was at these tokens first if it meets them in an earlier phase: the second one adds.
   const int64_t second = imax(0, s.T - (chunk + 1 - d) * chunk_steps);  // so many steps of this direction
   const auto adds = [&](int64_t n) {
     return s.D == 2 && (d == 0 ? n < steps.offset[second] : n >= steps.offset[s.T - second]);
@@ -168,7 +168,7 @@ inline void Backward<S>::products(Worker& worker, int64_t chunk, int64_t h_panel
   if (f.dw_ih && !few) {
     const int64_t paired = kPair<E> > 1 ? 4 * ceil_div(s.H, kUnitGroup) : 0;
     const int64_t per_direction = paired + i_panels + h_panels;
-    worker.stage(s.D * per_direction, false, [&](int64_t item) {
+    worker.phase(s.D * per_direction, false, [&](int64_t item) {
       const int d = int(item / per_direction);
       const int64_t tokens = chunk_tokens(d, chunk), token = chunk_token(d, chunk);
       int64_t i = item % per_direction;
@@ -199,7 +199,7 @@ inline void Backward<S>::products(Worker& worker, int64_t chunk, int64_t h_panel
     if (n0 < n1) input_gradient(d, chunk, n0, n1, p0, imin(i_panels, p0 + kGroup));
   };
   const int64_t kept = last ? 0 : s.D;
-  worker.stage(kept + dx_items + s.D * per_direction, false, [&](int64_t item) {
+  worker.phase(kept + dx_items + s.D * per_direction, false, [&](int64_t item) {
     if (item < kept) return keep_first_step(int(item), chunk);
     item -= kept;
     if (item < dx_items) return input_item(0, item);
@@ -224,5 +224,5 @@ inline void Backward<S>::products(Worker& worker, int64_t chunk, int64_t h_panel
     C* total = same<S, C> ? nullptr : (ih ? dw_ih : dw_hh)[d] + row * columns;
     weight_gradient(d, plane, tokens, ih ? right_x[d] : right_h[d], columns, out, total, p0, p1, first, last);
   });
-  if (s.D == 2 && f.dx) worker.stage(dx_items, false, [&](int64_t item) { input_item(1, item); });
+  if (s.D == 2 && f.dx) worker.phase(dx_items, false, [&](int64_t item) { input_item(1, item); });
 }

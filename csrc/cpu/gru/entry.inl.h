@@ -11,10 +11,10 @@ static void gru_forward(const GruForward& f, const Parallel& parallel, const Scr
   if (few_units(f.s)) return few_units_forward<S>(f, parallel, scratch);
   if (f.s.T == 1 && !f.s.batch_sizes) {
     const ForwardStep<S> forward(f, parallel, scratch);
-    run_team(parallel, forward.workers, [&](Worker& worker) { forward.run(worker); });
+    run_region(parallel, forward.workers, [&](Worker& worker) { forward.run(worker); });
   } else {
     const ForwardSequence<S> forward(f, parallel, scratch);
-    run_team(parallel, forward.sharing.workers, [&](Worker& worker) { forward.run(worker); });
+    run_region(parallel, forward.sharing.workers, [&](Worker& worker) { forward.run(worker); });
   }
 }
 
@@ -35,5 +35,5 @@ static void gru_backward(const GruBackward& f, const Parallel& parallel, const S
 #endif
   if (few_units(s)) return few_units_backward<S>(f, parallel, scratch);
   const Backward<S> backward(f, parallel, scratch);
-  run_team(parallel, backward.sharing.workers, [&](Worker& worker) { backward.run(worker); });
+  run_region(parallel, backward.sharing.workers, [&](Worker& worker) { backward.run(worker); });
 }

@@ -195,7 +195,7 @@ struct FewUnitsForward : FewUnits<S> {
   }
 
   void run(Worker& worker) const {
-    worker.stage(s.D * this->items, false, [&](int64_t item) {
+    worker.phase(s.D * this->items, false, [&](int64_t item) {
       const int d = int(item / this->items);
       this->each_tile(item % this->items, [&](int64_t first, int64_t end) { tile(d, first, end); });
     });
@@ -205,5 +205,5 @@ struct FewUnitsForward : FewUnits<S> {
 template <class S>
 static void few_units_forward(const GruForward& f, const Parallel& parallel, const Scratch& scratch) {
   const FewUnitsForward<S> forward(f, parallel, scratch);
-  run_team(parallel, forward.workers, [&](Worker& worker) { forward.run(worker); });
+  run_region(parallel, forward.workers, [&](Worker& worker) { forward.run(worker); });
 }

@@ -182,7 +182,7 @@ struct FewUnitsBackward : FewUnits<S> {
   }
 
   void run(Worker& worker) const {
-    worker.stage(this->items, false, [&](int64_t item) {
+    worker.phase(this->items, false, [&](int64_t item) {
       C* own = memory + worker.index() * memory_size;
       // One direction after the other: the second adds to dx.
       for (int d = 0; d < s.D; ++d) {
@@ -191,12 +191,12 @@ struct FewUnitsBackward : FewUnits<S> {
         sum_lanes(own + kTileBlocks * slot, partial + (item * s.D + d) * sums);
       }
     });
-    if (f.dw_ih) worker.stage(s.D, false, [&](int64_t d) { write_weights(int(d)); });
+    if (f.dw_ih) worker.phase(s.D, false, [&](int64_t d) { write_weights(int(d)); });
   }
 };
 
 template <class S>
 static void few_units_backward(const GruBackward& b, const Parallel& parallel, const Scratch& scratch) {
   const FewUnitsBackward<S> backward(b, parallel, scratch);
-  run_team(parallel, backward.workers, [&](Worker& worker) { backward.run(worker); });
+  run_region(parallel, backward.workers, [&](Worker& worker) { backward.run(worker); });
 }

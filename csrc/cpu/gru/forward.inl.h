@@ -98,9 +98,9 @@ struct ForwardSequence : Forward<S> {
   }
 
   void run(Worker& worker) const {
-    const Items inputs(sharing.workers, blocks, chunk_steps * s.B, 3 * W * s.I);
-    const Items states(sharing.workers, blocks, s.B, 3 * W * s.H);
-    worker.stage(s.D * (blocks + 1), false, [&](int64_t i) {
+    const PanelItems inputs(sharing.workers, blocks, chunk_steps * s.B, 3 * W * s.I);
+    const PanelItems states(sharing.workers, blocks, s.B, 3 * W * s.H);
+    worker.phase(s.D * (blocks + 1), false, [&](int64_t i) {
       const int d = int(i % s.D);
       if (i / s.D == 0)
         prepare(d);
@@ -112,29 +112,29 @@ struct ForwardSequence : Forward<S> {
       const auto tokens = [&](int d) { return steps.position(d, end) - steps.position(d, begin); };
       if (copies) {
         const int64_t rows = imax(tokens(0), tokens(s.D - 1)), part = 16;
-        worker.stage(s.D * ceil_div(rows, part), false, [&](int64_t item) {
+        worker.phase(s.D * ceil_div(rows, part), false, [&](int64_t item) {
           const int d = int(item % s.D);
           const int64_t last = imin(tokens(d), (item / s.D + 1) * part);
           for (int64_t i = item / s.D * part; i < last; ++i)
             copy_operand(input[d][steps.position(d, begin) + i], s.I, copied[d] + i * depth, depth);
         });
       }
-      worker.stage(s.D * inputs.count, false, [&](int64_t item) {
+      worker.phase(s.D * inputs.count, false, [&](int64_t item) {
         const int d = int(item / inputs.count);
         const int64_t i = item % inputs.count;
         project(worker.index(), d, steps.position(d, begin), tokens(d), inputs.begin(i), inputs.end(i));
       });
-      if (sharing.lanes) {
-        worker.stage(s.D * sharing.lanes, false, [&](int64_t item) {
-          const int d = int(item / sharing.lanes);
-          const int64_t lane = item % sharing.lanes;
-          const int64_t b0 = s.B * lane / sharing.lanes, b1 = s.B * (lane + 1) / sharing.lanes;
+      if (sharing.batch_slices) {
+        worker.phase(s.D * sharing.batch_slices, false, [&](int64_t item) {
+          const int d = int(item / sharing.batch_slices);
+          const int64_t slice = item % sharing.batch_slices;
+          const int64_t b0 = s.B * slice / sharing.batch_slices, b1 = s.B * (slice + 1) / sharing.batch_slices;
           for (int64_t t = begin; t < end; ++t)
             step(d, t, steps.position(d, t) - steps.position(d, begin), b0, imin(b1, steps.rows(d, t)), 0, blocks);
         });
       } else {
         for (int64_t t = begin; t < end; ++t)
-          worker.stage(s.D * states.count, t & 1, [&](int64_t item) {
+          worker.phase(s.D * states.count, t & 1, [&](int64_t item) {
             const int d = int(item / states.count);
             const int64_t i = item % states.count;
             step(d, t, steps.position(d, t) - steps.position(d, begin), 0, steps.rows(d, t), states.begin(i),

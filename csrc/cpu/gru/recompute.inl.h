@@ -38,14 +38,14 @@ inline void Backward<S>::recompute_chunk(Worker& worker, int64_t chunk) const {
   if (copies(s.I) || copies(s.H)) {
     const int64_t part = 16;
     const int64_t parts = ceil_div(imax(chunk_tokens(0, chunk), chunk_tokens(s.D - 1, chunk)), part);
-    worker.stage(s.D * parts, false, [&](int64_t item) {
+    worker.phase(s.D * parts, false, [&](int64_t item) {
       const int d = int(item / parts);
       for (int64_t i = item % parts * part; i < imin(chunk_tokens(d, chunk), (item % parts + 1) * part); ++i)
         copy_rows(d, chunk_token(d, chunk), i);
     });
   }
-  const Items items(sharing.workers, blocks, chunk_steps * s.B, 3 * W * (s.I + s.H));
-  worker.stage(s.D * items.count, false, [&](int64_t item) {
+  const PanelItems items(sharing.workers, blocks, chunk_steps * s.B, 3 * W * (s.I + s.H));
+  worker.phase(s.D * items.count, false, [&](int64_t item) {
     const int d = int(item / items.count);
     const int64_t i = item % items.count;
     recompute(worker.index(), d, chunk_token(d, chunk), chunk_tokens(d, chunk), items.begin(i), items.end(i));

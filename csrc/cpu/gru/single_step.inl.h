@@ -61,6 +61,6 @@ struct ForwardStep : Forward<S> {
   }
 
   void run(Worker& worker) const {
-    worker.stage(s.D * blocks, reversed, [&](int64_t i) { block(int(i / blocks), i % blocks); });
+    worker.phase(s.D * blocks, reversed, [&](int64_t i) { block(int(i / blocks), i % blocks); });
   }
 };

@@ -12,17 +12,20 @@ struct LayerWeights {
 
   const GruShape& s;
   int64_t blocks;
-  bool once;  // the input product is computed in one go: each of its panels is packed when its turn comes
+  bool pack_on_use;            // the input product is computed in one go: each of its panels is packed just before
   Panels<E> w_ih[2], w_hh[2];  // one panel per block: [block][k][r z n][W]
-  E* turn;                     // once: [workers][panels at a time]
-  int64_t turn_size;
+  E* panel_buffer;             // pack_on_use: [workers][panels at a time]
+  int64_t panel_buffer_size;
   C* biases[2];  // [blocks][r z n q][W]
 
-  LayerWeights(const GruShape& shape, int64_t blocks_, bool once_, int workers, const Scratch& scratch)
-      : s(shape), blocks(blocks_), once(once_), turn_size(panels_size<E>(s.I, 3 * kMostPanels * W)) {
-    turn = once ? take<E>(scratch, workers * turn_size) : nullptr;
+  LayerWeights(const GruShape& shape, int64_t blocks_, bool pack_on_use_, int workers, const Scratch& scratch)
+      : s(shape),
+        blocks(blocks_),
+        pack_on_use(pack_on_use_),
+        panel_buffer_size(panels_size<E>(s.I, 3 * kMostPanels * W)) {
+    panel_buffer = pack_on_use ? take<E>(scratch, workers * panel_buffer_size) : nullptr;
     for (int d = 0; d < s.D; ++d) {
-      E* all = once ? nullptr : take<E>(scratch, panels_size<E>(s.I, 3 * blocks * W));
+      E* all = pack_on_use ? nullptr : take<E>(scratch, panels_size<E>(s.I, 3 * blocks * W));
       w_ih[d] = {all, padded_depth<E>(s.I), 3 * blocks};
       w_hh[d] = {take<E>(scratch, panels_size<E>(s.H, 3 * blocks * W)), padded_depth<E>(s.H), 3 * blocks};
       biases[d] = take<C>(scratch, 4 * blocks * W);
@@ -37,7 +40,7 @@ struct LayerWeights {
   }
 
   void pack(int d, int64_t j) const {
-    if (!once) pack_block(s.w[d].w_ih, s.I, j, w_ih[d].panel(j));
+    if (!pack_on_use) pack_block(s.w[d].w_ih, s.I, j, w_ih[d].panel(j));
     pack_block(s.w[d].w_hh, s.H, j, w_hh[d].panel(j));
     load_biases<C, S>(s.w[d], s.H, j, biases[d] + j * 4 * W);
   }
@@ -49,10 +52,10 @@ struct LayerWeights {
     Panels<E> panels = w_ih[d];
     panels.depth = chain_depth(s);
     int64_t first = 0, step = j1 - j0;
-    if (once) panels.data = turn + worker * turn_size, step = kMostPanels;
+    if (pack_on_use) panels.data = panel_buffer + worker * panel_buffer_size, step = kMostPanels;
     for (; j0 < j1; j0 += step) {
       const int64_t end = imin(j1, j0 + step);
-      if (once) {
+      if (pack_on_use) {
         first = j0;
         panels.vectors = 3 * (end - j0);
         for (int64_t j = j0; j < end; ++j) pack_block(s.w[d].w_ih, s.I, j, panels.panel(j - first));

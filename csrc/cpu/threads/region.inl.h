@@ -2,7 +2,7 @@
 
 template <class Call>
 struct RegionArgs {
-  Team& team;
+  Phases& phases;
   const Call& call;
   int64_t started_ns, finished_ns, waited_ns;  // of worker 0, which is the caller
   bool* preempted;                             // of every other worker
@@ -10,13 +10,13 @@ struct RegionArgs {
 
 // Runs call(worker) on `workers` workers.
 template <class Call>
-static void run_team(const Parallel& parallel, int workers, const Call& call) {
-  Team team(workers);
+static void run_region(const Parallel& parallel, int workers, const Call& call) {
+  Phases phases(workers);
   bool preempted[kMaxWorkers] = {};
-  RegionArgs<Call> args{team, call, 0, 0, 0, preempted};
+  RegionArgs<Call> args{phases, call, 0, 0, 0, preempted};
   const auto body = [](int index, void* arg) {
     auto* a = static_cast<RegionArgs<Call>*>(arg);
-    Worker worker(a->team, index);
+    Worker worker(a->phases, index);
     if (worker.workers() == 1) return a->call(worker);
     if (index > 0) {
       const int64_t before = preemptions();
@@ -33,17 +33,21 @@ static void run_team(const Parallel& parallel, int workers, const Call& call) {
   const int64_t begin = now_ns();
   parallel.run(workers, body, &args);
   const int64_t end = now_ns();
-  // A pool waits for its threads when a region ends, and for those that have not come back from the last when the next
-  // begins. A wait inside, for a worker that kept its core, was for work that had to be done.
+  // A pool waits for its threads when a region ends, and for those still missing from the last one when the next
+  // begins. A wait inside counts only where a worker lost its core: else it was for work that had to be done.
   bool taken = false;
   for (int i = 1; i < workers; ++i) taken = taken || preempted[i];
   parallel.waited((taken ? args.waited_ns : 0) + args.started_ns - begin + end - args.finished_ns, end - begin);
 }
 
+// Rates of one thread, rough on purpose: they decide only how many threads are worth waking.
+constexpr double kFlopsPerMicrosecond = 50e3, kBytesPerMicrosecond = 50e3;
+constexpr int64_t kMicrosecondsPerWorker = 60;
+
 // Threads worth waking for `flops` of arithmetic over `bytes` of weights. A region costs some microseconds, and where
 // another process holds a core it ends only when that core comes back: short calls stay on the caller's thread.
 static int worth_workers(const Parallel& parallel, double flops, double bytes) {
-  const double microseconds = flops / 50e3 + bytes / 50e3;
+  const double microseconds = flops / kFlopsPerMicrosecond + bytes / kBytesPerMicrosecond;
   const int most = parallel.threads < kMaxWorkers ? parallel.threads : kMaxWorkers;
-  return int(imax(1, imin(most, int64_t(microseconds / 60))));
+  return int(imax(1, imin(most, int64_t(microseconds / kMicrosecondsPerWorker))));
 }
