@@ -300,7 +300,11 @@ PROGRAMS = {
         run()
     """,
 }
+for name in ("threads stay where they are", "threads bound by OpenMP"):
+    PROGRAMS[name] = PROGRAMS["pauses"]
 ENVIRONMENT = {
+    "threads stay where they are": {"FASTGRU_MOVE_THREADS": "0"},
+    "threads bound by OpenMP": {"OMP_PROC_BIND": "true"},
     "one OpenMP thread": {"OMP_NUM_THREADS": "1"},
     "a limit below what was asked for": {"OMP_THREAD_LIMIT": "1"},
 }

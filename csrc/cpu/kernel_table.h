@@ -15,12 +15,15 @@ struct AttentionBackward;
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 constexpr int kDTypes = 4;
 
+// The body of a parallel region. It must not throw: the caller would wait for its worker for ever.
+using RegionBody = void (*)(int worker, void* arg) noexcept;
+
 // How a call gets its threads. `run(n, body, arg)` calls body(0, arg) ... body(n - 1, arg), each once, at the same time
 // or one after the other: the engine relies on neither.
 struct Parallel {
   int threads;
-  void (*run)(int n, void (*body)(int worker, void* arg), void* arg);
-  // Told after a run for how much of it the caller waited for a core that something else had.
+  void (*run)(int n, RegionBody body, void* arg);
+  // Receives after a run for how much of it the caller waited for a core that something else had.
   void (*waited)(int64_t waited_ns, int64_t total_ns);
 };
 

@@ -1,3 +1,4 @@
+// Asks the system for the size of a cache, the time, preemptions and forks.
 #include "platform.h"
 
 #include <pthread.h>
@@ -9,9 +10,9 @@
 namespace fastgru {
 namespace {
 
-// OpenMP keeps a pool for every thread that has run a region, whoever's it was. Of that thread a child of fork has a
-// copy, of the pool's threads none: a region would wait for them for ever. So the one thread that comes through a fork
-// works alone, and so does the one that comes through the next; threads that the child starts make pools of their own.
+// OpenMP keeps a pool for every thread that has run a region, in any library. A child of fork has a copy of that thread
+// but none of the pool's: a region would wait for them for ever. So the thread that comes through a fork runs alone, in
+// that child and its own; threads that the child starts make pools of their own.
 thread_local bool forked = false;
 [[maybe_unused]] const int watches_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 

@@ -1,4 +1,4 @@
-// What the engines and their callers ask the processor and the operating system.
+// Queries of the processor and the operating system.
 #pragma once
 
 #include <cstdint>

@@ -404,6 +404,7 @@ for _name, _kernels, _key in (
 LIBRARY.define("cpu_isa() -> str")
 LIBRARY.define("cpu_isas() -> str")
 LIBRARY.define("cpu_set_isa(str name) -> ()")
+LIBRARY.define("cpu_backoffs() -> int")
 LIBRARY.define("cpu_set_poison(bool on) -> ()")
 LIBRARY.define("cpu_set_chunk_tokens(int tokens) -> ()")
 LIBRARY.define("cuda_versions() -> (int runtime, int driver)")

@@ -14,7 +14,8 @@ from types import ModuleType
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 CPU = CSRC / "cpu"
-SOURCES = [HERE / "whitebox.cpp", CPU / "isa.cpp", CPU / "platform.cpp", *sorted((CPU / "engines").glob("*.cpp"))]
+SOURCES = [HERE / "whitebox.cpp", *(CPU / name for name in ("isa.cpp", "platform.cpp", "threads/backoff.cpp"))]
+SOURCES += sorted((CPU / "engines").glob("*.cpp"))
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
 
 

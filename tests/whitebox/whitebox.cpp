@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/threads/backoff.h"
 #include "cpu/threads/phases.h"
 
 namespace py = pybind11;
@@ -194,6 +195,11 @@ int64_t phase_violations(int workers, int count, int items, const std::vector<in
 
 PYBIND11_MODULE(_whitebox, m) {
   py::class_<Worst>(m, "Worst").def_readonly("error", &Worst::error).def_readonly("x", &Worst::x);
+  py::class_<fastgru::Backoff>(m, "Backoff")
+      .def(py::init<>())
+      .def("alone", &fastgru::Backoff::alone)
+      .def("region_ended", &fastgru::Backoff::region_ended)
+      .def_static("count", &fastgru::Backoff::count);
   m.def("engines", engines);
   m.def("vector_bytes", [](const std::string& isa) { return engine(isa).vector_bytes; });
   m.def("apply_f32", apply<float>);

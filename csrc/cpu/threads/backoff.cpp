@@ -1,44 +1,68 @@
+// Decides when a thread's calls run alone; the rule stands in backoff.h.
 #include "backoff.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
 
 #include "../platform.h"
 
 namespace fastgru {
 namespace {
 
-// A pool that has not had work for this long may be asleep.
-constexpr int64_t kPauseNs = 1'000'000;
-thread_local int64_t last_end_ns = 0;  // of the last region
+constexpr int64_t kPauseNs = 1'000'000;   // a pool without work for this long may be asleep
+constexpr int64_t kUsualWaitNs = 50'000;  // of a region whose threads all have a core
+constexpr int64_t kTakenNs = 1'000'000;   // a wait that only a core taken away explains
+constexpr int64_t kPartOfCall = 4;        // shorter waits count from this part of the call on
+constexpr int64_t kMostFactor = 8;
 
-// Where another process holds a core, the thread there comes and goes, and a call waits for it longer than it would
-// take alone. A call that waits as long as only a core taken away explains, or the second in a row of which a good part
-// is waiting, makes the thread work alone for as long as the wait was; for twice as long if that comes soon after the
-// last time, up to eight times. A pool that is asleep, after a pause or some time alone, takes a while to come back:
-// that counts only where it takes as long as that, and the second time. (Results do not depend on the number of
-// threads.)
-constexpr int64_t kUsualWaitNs = 50'000, kTakenNs = 1'000'000, kPartOfCall = 4, kMostTimes = 8;
-thread_local int64_t alone_until_ns = 0, alone_ns = 0, alone_times = 1;
-thread_local bool waited_before = false;
+std::atomic<int64_t> times{0};
+
+bool enabled() {
+  static const bool on = [] {
+    const char* wanted = std::getenv("FASTGRU_BACKOFF");
+    return !(wanted && std::strcmp(wanted, "0") == 0);
+  }();
+  return on;
+}
 
 }  // namespace
 
-bool pool_may_sleep(int64_t now_ns) { return now_ns - last_end_ns > kPauseNs; }
+Backoff& Backoff::of_this_thread() {
+  thread_local Backoff backoff;
+  return backoff;
+}
 
-bool works_alone() { return alone_until_ns > 0 && now_ns() < alone_until_ns; }
+int64_t cpu_backoffs() { return Backoff::count(); }
 
-void note_wait(int64_t waited_ns, int64_t total_ns) {
+int64_t Backoff::count() { return times.load(std::memory_order_relaxed); }
+
+bool Backoff::pool_may_sleep(int64_t at_ns) const { return at_ns - last_end_ns_ > kPauseNs; }
+
+bool Backoff::alone(int threads) {
+  if (threads != threads_) {
+    const int64_t last_end_ns = last_end_ns_;
+    *this = Backoff();
+    threads_ = threads;
+    last_end_ns_ = last_end_ns;
+  }
+  return alone_until_ns_ > 0 && now_ns() < alone_until_ns_;
+}
+
+void Backoff::region_ended(int64_t waited_ns, int64_t total_ns) {
   const int64_t end = now_ns(), begin = end - total_ns;
   const bool asleep = pool_may_sleep(begin), taken = waited_ns > kTakenNs;
   const bool waited = asleep ? taken : waited_ns > kUsualWaitNs && waited_ns > total_ns / kPartOfCall;
-  if (waited && (waited_before || (taken && !asleep))) {
-    const bool soon = begin - alone_until_ns < kMostTimes * alone_ns;
-    alone_times = soon ? std::min(2 * alone_times, kMostTimes) : 1;
-    alone_ns = alone_times * waited_ns;
-    alone_until_ns = end + alone_ns;
+  if (enabled() && waited && (waited_ || (taken && !asleep))) {
+    const bool soon = begin - alone_until_ns_ < kMostFactor * alone_ns_;
+    factor_ = soon ? std::min(2 * factor_, kMostFactor) : 1;
+    alone_ns_ = factor_ * waited_ns;
+    alone_until_ns_ = end + alone_ns_;
+    times.fetch_add(1, std::memory_order_relaxed);
   }
-  waited_before = waited;
-  last_end_ns = end;
+  waited_ = waited;
+  last_end_ns_ = end;
 }
 
 }  // namespace fastgru

@@ -1,3 +1,4 @@
+// Runs a region on torch's pool of threads: at::parallel_for, which OpenMP serves.
 #include "pool.h"
 
 #include <sched.h>
@@ -8,34 +9,15 @@
 #include <thread>
 
 #include "../platform.h"
+#include "affinity.h"
 #include "backoff.h"
 #include "phases.h"
 
 namespace fastgru {
 namespace {
 
-int current_core() {
-#if defined(__linux__)
-  return sched_getcpu();
-#else
-  return -1;
-#endif
-}
-
-// A thread that wakes up on `core`, which is the caller's, goes to another one, by narrowing its affinity for a moment.
-// The system would leave it there, even with another core idle, until it looks again some milliseconds later.
-void leave_core(int core, int threads) {
-#if defined(__linux__)
-  cpu_set_t all;
-  if (sched_getcpu() != core || sched_getaffinity(0, sizeof all, &all) != 0 || CPU_COUNT(&all) < threads) return;
-  cpu_set_t others = all;
-  CPU_CLR(core, &others);
-  if (sched_setaffinity(0, sizeof others, &others) == 0) (void)sched_setaffinity(0, sizeof all, &all);
-#endif
-}
-
-// When the caller comes to the end of a region, all work is done. Whoever is missing has no core yet, or it is the
-// caller's, which naps give away: at the pool's own barrier the caller would keep it, spinning.
+// When the caller comes to the end of a region, all work is done. A thread that is missing has no core yet, or it has
+// the caller's, which naps give away: at the pool's own barrier the caller would keep it, spinning.
 void nap_until_zero(const std::atomic<int64_t>& missing) {
   constexpr int kSpins = 1000;
   for (int spin = 0; missing.load(std::memory_order_acquire); ++spin) {
@@ -46,9 +28,10 @@ void nap_until_zero(const std::atomic<int64_t>& missing) {
   }
 }
 
-void run_parallel(int n, void (*body)(int, void*), void* arg) {
-  const int core = current_core();
-  const bool asleep = pool_may_sleep(now_ns());
+// A body that threw would leave `missing` above zero and the caller waiting for ever: it is noexcept.
+void run_parallel(int n, RegionBody body, void* arg) {
+  const int core = core_to_avoid();
+  const bool asleep = Backoff::of_this_thread().pool_may_sleep(now_ns());
   std::atomic<int64_t> missing{n};
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
     if (begin > 0)
@@ -61,11 +44,14 @@ void run_parallel(int n, void (*body)(int, void*), void* arg) {
   });
 }
 
+void note_wait(int64_t waited_ns, int64_t total_ns) { Backoff::of_this_thread().region_ended(waited_ns, total_ns); }
+
 }  // namespace
 
 Parallel torch_threads() {
-  const bool alone = forked_thread() || works_alone();
-  return {alone ? 1 : int(torch::stable::get_num_threads()), run_parallel, note_wait};
+  const int threads = int(torch::stable::get_num_threads());
+  const bool alone = forked_thread() || Backoff::of_this_thread().alone(threads);
+  return {alone ? 1 : threads, run_parallel, note_wait};
 }
 
 }  // namespace fastgru

@@ -14,7 +14,7 @@ static void run_region(const Parallel& parallel, int workers, const Call& call) 
   Phases phases(workers);
   bool preempted[kMaxWorkers] = {};
   RegionArgs<Call> args{phases, call, 0, 0, 0, preempted};
-  const auto body = [](int index, void* arg) {
+  const auto body = [](int index, void* arg) noexcept {
     auto* a = static_cast<RegionArgs<Call>*>(arg);
     Worker worker(a->phases, index);
     if (worker.workers() == 1) return a->call(worker);
