@@ -22,6 +22,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgru, CompositeExplicitAutograd, m) {
   m.impl("cpu_isas", TORCH_BOX(&fastgru::cpu_isas));
   m.impl("cpu_set_isa", TORCH_BOX(&fastgru::cpu_set_isa));
   m.impl("cpu_backoffs", TORCH_BOX(&fastgru::cpu_backoffs));
+  m.impl("cpu_release_memory", TORCH_BOX(&fastgru::cpu_release_memory));
   m.impl("cpu_set_poison", TORCH_BOX(&fastgru::cpu_set_poison));
   m.impl("cpu_set_chunk_tokens", TORCH_BOX(&fastgru::cpu_set_chunk_tokens));
 }

@@ -1,3 +1,4 @@
+// Scratch memory comes straight from the system, in large pages where it fills some, and stays with its thread.
 #include "memory.h"
 
 #include <sys/mman.h>
@@ -14,7 +15,7 @@ namespace {
 
 constexpr size_t kLargePage = size_t(1) << 21;
 
-// Tests set this: memory that nothing has been written to then reads as NaN.
+// Set by tests: memory that nothing has been written to then reads as NaN.
 std::atomic<bool> poison{false};
 
 // Fresh memory costs a page fault per 4 KiB, more than the arithmetic on it. Large pages, where the system gives them
@@ -28,7 +29,42 @@ void prefer_large_pages(void* memory, size_t bytes) {
 #endif
 }
 
-constexpr size_t kKept = size_t(64) << 20, kFirst = size_t(1) << 17;
+constexpr size_t kMostKept = size_t(64) << 20, kFirst = size_t(1) << 17;  // bytes of a slab
+
+// What a thread keeps between calls. In a list that only grows, whose members pass from ended threads to new ones: no
+// lock, which a child of fork could find taken for ever.
+struct Kept {
+  std::atomic<Slab*> slab{nullptr};
+  size_t wanted = 0;  // of the next slab
+  std::atomic<bool> owned{true};
+  Kept* next = nullptr;
+};
+std::atomic<Kept*> all_kept{nullptr};
+
+Kept* own_kept() {
+  for (Kept* each = all_kept.load(std::memory_order_acquire); each; each = each->next) {
+    bool owned = false;
+    if (each->owned.compare_exchange_strong(owned, true)) return each;
+  }
+  Kept* const created = new Kept;
+  created->next = all_kept.load(std::memory_order_relaxed);
+  while (!all_kept.compare_exchange_weak(created->next, created, std::memory_order_release)) {
+  }
+  return created;
+}
+
+Kept& kept() {
+  struct Owner {
+    Kept* kept = own_kept();
+    ~Owner() {
+      delete kept->slab.exchange(nullptr);
+      kept->wanted = 0;
+      kept->owned.store(false, std::memory_order_release);
+    }
+  };
+  thread_local Owner owner;
+  return *owner.kept;
+}
 
 }  // namespace
 
@@ -48,7 +84,7 @@ Slab::Slab(size_t bytes) {
   mapped_ = bytes_ + (large ? kLargePage : 0);
   void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) {
-    // Torch's allocator has the words for it. If it still finds the memory, all is well too.
+    // Torch's allocator reports the error, unless it still finds the memory.
     fallback_ = contiguous_tensor(aoti_torch_dtype_uint8(), {int64_t(bytes_)});
     data_ = static_cast<char*>(fallback_->mutable_data_ptr());
     return;
@@ -72,28 +108,24 @@ Slab::~Slab() {
   if (mapping_) munmap(mapping_, mapped_);
 }
 
-Arena::Kept& Arena::kept() {
-  thread_local Kept kept;
-  return kept;
-}
-
-Arena::Arena() : slab_(std::move(kept().slab)), wanted_(kept().wanted) {}
+Arena::Arena() : slab_(kept().slab.exchange(nullptr)), wanted_(kept().wanted) {}
 
 Arena::~Arena() {
   // What did not fit shows how large the slab should be.
-  kept().wanted = used_ > kKept ? 0 : std::max(wanted_, used_);
-  if (used_ <= slab_.bytes() && slab_.bytes() <= kKept) kept().slab = std::move(slab_);
+  kept().wanted = used_ > kMostKept ? 0 : std::max(wanted_, used_);
+  if (slab_ && used_ <= slab_->bytes() && slab_->bytes() <= kMostKept)
+    slab_.reset(kept().slab.exchange(slab_.release()));
 }
 
 void* Arena::allocate(size_t bytes) {
   bytes = (bytes + 63) / 64 * 64;
-  if (!slab_.data()) {
+  if (!slab_) {
     // Not asked for again by the next call, if there is no memory for it.
     const size_t wanted = std::exchange(wanted_, 0);
-    slab_ = Slab(std::max({wanted, kFirst, bytes}));
+    slab_ = std::make_unique<Slab>(std::max({wanted, kFirst, bytes}));
     wanted_ = wanted;
   }
-  const Slab* slab = overflow_.empty() ? &slab_ : &overflow_.back();
+  const Slab* slab = overflow_.empty() ? slab_.get() : &overflow_.back();
   if (at_ + bytes > slab->bytes()) {
     // With room for what comes next, because a slab of its own takes a large page at the least.
     slab = &overflow_.emplace_back(std::max(bytes, std::min(used_, kLargePage)));
@@ -103,6 +135,11 @@ void* Arena::allocate(size_t bytes) {
   at_ += bytes, used_ += bytes;
   if (poisoned()) std::memset(result, 0xff, bytes);
   return result;
+}
+
+void cpu_release_memory() {
+  for (Kept* each = all_kept.load(std::memory_order_acquire); each; each = each->next)
+    delete each->slab.exchange(nullptr);
 }
 
 }  // namespace fastgru

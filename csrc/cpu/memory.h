@@ -1,9 +1,10 @@
-// Memory of the CPU operators: scratch memory of a call, and advice for fresh tensors.
+// Manages the memory of the CPU operators: scratch memory of a call, and advice for fresh tensors.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstddef>
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -12,15 +13,17 @@
 
 namespace fastgru {
 
-// Asks for large pages under a fresh tensor that fills some: what an operator, or the way around it, returns or saves.
+// Asks for large pages under a fresh tensor that fills some: what an operator, or the fast path, returns or saves.
 void prepare_fresh(void* memory, size_t bytes);
 
 // For tests: fill fresh memory with NaN.
 void cpu_set_poison(bool on);
-
 bool poisoned();
 
-// Memory straight from the system: what is given back is gone at once, not kept by an allocator between its blocks.
+// Gives back the scratch memory that threads keep for their next call.
+void cpu_release_memory();
+
+// Memory straight from the system: what is given back is free at once, not kept by an allocator between its blocks.
 class Slab {
  public:
   Slab() = default;
@@ -40,7 +43,8 @@ class Slab {
   std::optional<torch::stable::Tensor> fallback_;
 };
 
-// Scratch memory of one call, cut from a slab that the thread keeps for its next call, unless it is very large.
+// Scratch memory of one call, cut from a slab that the thread keeps for its next call: up to 64 MiB, until
+// cpu_release_memory() or the thread's end.
 class Arena {
  public:
   Arena();
@@ -52,16 +56,11 @@ class Arena {
   }
 
  private:
-  struct Kept {
-    Slab slab;
-    size_t wanted = 0;
-  };
-  static Kept& kept();
-
   void* allocate(size_t bytes);
 
-  Slab slab_;
-  size_t wanted_, used_ = 0, at_ = 0;  // at_: within the last slab
+  std::unique_ptr<Slab> slab_;
+  size_t wanted_;             // bytes of a new slab
+  size_t used_ = 0, at_ = 0;  // at_: within the last slab
   std::vector<Slab> overflow_;
 };
 
