@@ -1,3 +1,4 @@
+// Chooses the engine: by what the processor supports, FASTGRU_CPU_ISA or set_engine().
 #include "isa.h"
 
 #include <atomic>
@@ -19,12 +20,8 @@ const Engine* avx512_with_bf16() {
   static const Engine engine = [] {
     Engine e = *engine_avx512();
     const Engine& native = *engine_avx512_bf16();
-    const int bf16 = int(DType::bf16);
     e.name = native.name;
-    e.forward[bf16] = native.forward[bf16];
-    e.backward[bf16] = native.backward[bf16];
-    e.attention_forward[bf16] = native.attention_forward[bf16];
-    e.attention_backward[bf16] = native.attention_backward[bf16];
+    e.kernels[int(DType::bf16)] = native.kernels[int(DType::bf16)];
     return e;
   }();
   return &engine;
@@ -55,6 +52,8 @@ const Engine* find_engine(const std::string& name) {
 std::atomic<const Engine*> chosen{nullptr};
 
 }  // namespace
+
+const Kernels& current_kernels(DType dtype) { return current_engine().kernels[int(dtype)]; }
 
 const Engine& current_engine() {
   const Engine* engine = chosen.load(std::memory_order_acquire);

@@ -33,15 +33,16 @@ struct Scratch {
   void* (*allocate)(void* context, size_t bytes);  // aligned to 64, lives until the call returns
 };
 
-// One entry of the instruction-set table. White-box entries serve tests and micro-benchmarks.
-struct Engine {
-  const char* name;
-  int vector_bytes;
-  void (*forward[kDTypes])(const GruForward&, const Parallel&, const Scratch&);
-  void (*backward[kDTypes])(const GruBackward&, const Parallel&, const Scratch&);
-  void (*attention_forward[kDTypes])(const AttentionForward&, const Parallel&, const Scratch&);
-  void (*attention_backward[kDTypes])(const AttentionBackward&, const Parallel&, const Scratch&);
+// The kernels of one storage type.
+struct Kernels {
+  void (*gru_forward)(const GruForward&, const Parallel&, const Scratch&);
+  void (*gru_backward)(const GruBackward&, const Parallel&, const Scratch&);
+  void (*attention_forward)(const AttentionForward&, const Parallel&, const Scratch&);
+  void (*attention_backward)(const AttentionBackward&, const Parallel&, const Scratch&);
+};
 
+// The parts of kernels, for tests of their own; no library that is shipped has them.
+struct WhiteboxKernels {
   // y[i] = f(x[i]), f32 and f64.
   void (*exp_f32)(int64_t n, const float* x, float* y);
   void (*exp_f64)(int64_t n, const double* x, double* y);
@@ -58,9 +59,17 @@ struct Engine {
   void (*gemm_tn_f32)(int64_t M, int64_t N, int64_t K, const float* a, const float* b, float* c);
 };
 
+// All kernels of one instruction set.
+struct Engine {
+  const char* name;
+  int vector_bytes;
+  Kernels kernels[kDTypes];
+  const WhiteboxKernels* whitebox;  // null unless compiled with FASTGRU_WHITEBOX
+};
+
 const Engine* engine_generic();
 const Engine* engine_avx2();  // null where this build has no such code (other architectures)
 const Engine* engine_avx512();
-const Engine* engine_avx512_bf16();  // its bf16 entries only
+const Engine* engine_avx512_bf16();  // its bf16 kernels only
 
 }  // namespace fastgru

@@ -16,7 +16,7 @@ CSRC = HERE.parents[1] / "csrc"
 CPU = CSRC / "cpu"
 SOURCES = [HERE / "whitebox.cpp", *(CPU / name for name in ("isa.cpp", "platform.cpp", "threads/backoff.cpp"))]
 SOURCES += sorted((CPU / "engines").glob("*.cpp"))
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-DFASTGRU_WHITEBOX"]
 
 
 def build(directory: Path = HERE / "build") -> Path:

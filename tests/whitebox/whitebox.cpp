@@ -44,13 +44,13 @@ using Map = void (*)(int64_t, const C*, C*);
 template <class C>
 Map<C> function(const Engine& e, const std::string& name) {
   if constexpr (sizeof(C) == 4) {
-    if (name == "exp") return e.exp_f32;
-    if (name == "sigmoid") return e.sigmoid_f32;
-    if (name == "tanh") return e.tanh_f32;
+    if (name == "exp") return e.whitebox->exp_f32;
+    if (name == "sigmoid") return e.whitebox->sigmoid_f32;
+    if (name == "tanh") return e.whitebox->tanh_f32;
   } else {
-    if (name == "exp") return e.exp_f64;
-    if (name == "sigmoid") return e.sigmoid_f64;
-    if (name == "tanh") return e.tanh_f64;
+    if (name == "exp") return e.whitebox->exp_f64;
+    if (name == "sigmoid") return e.whitebox->sigmoid_f64;
+    if (name == "tanh") return e.whitebox->tanh_f64;
   }
   throw std::invalid_argument("no function " + name);
 }
@@ -138,13 +138,13 @@ const std::map<std::string, fastgru::DType> kHalves = {{"bf16", fastgru::DType::
 
 Array<float> widen(const std::string& isa, const std::string& dtype, const Array<uint16_t>& bits) {
   Array<float> y(bits.size());
-  engine(isa).to_f32[int(kHalves.at(dtype))](bits.size(), bits.data(), y.mutable_data());
+  engine(isa).whitebox->to_f32[int(kHalves.at(dtype))](bits.size(), bits.data(), y.mutable_data());
   return y;
 }
 
 Array<uint16_t> narrow(const std::string& isa, const std::string& dtype, const Array<float>& x) {
   Array<uint16_t> y(x.size());
-  engine(isa).from_f32[int(kHalves.at(dtype))](x.size(), x.data(), y.mutable_data());
+  engine(isa).whitebox->from_f32[int(kHalves.at(dtype))](x.size(), x.data(), y.mutable_data());
   return y;
 }
 
@@ -153,7 +153,7 @@ Array<float> gemm(const std::string& isa, const Array<float>& a, const Array<flo
   const int64_t M = a.shape(transposed ? 1 : 0), K = b.shape(0), N = b.shape(1);
   Array<float> c({M, N});
   const Engine& e = engine(isa);
-  (transposed ? e.gemm_tn_f32 : e.gemm_f32)(M, N, K, a.data(), b.data(), c.mutable_data());
+  (transposed ? e.whitebox->gemm_tn_f32 : e.whitebox->gemm_f32)(M, N, K, a.data(), b.data(), c.mutable_data());
   return c;
 }
 

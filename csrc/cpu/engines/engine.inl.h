@@ -1,4 +1,4 @@
-// One complete engine for the instruction set whose target region this file is included in.
+// Builds one complete engine in the target region of an instruction set, from which it is included.
 // FASTGRU_ISA is its name (also the namespace), FASTGRU_SIMD the file of its instruction set.
 // Nothing of the standard library may be instantiated here: the linker keeps one copy of an inline function for the
 // whole program, and it must not be the one compiled for the newest machine.
@@ -35,109 +35,31 @@ namespace FASTGRU_ISA {
 #include "../kernels/attention.inc"
 // clang-format on
 
+// One list for every storage type: a kernel that is missing here is missing everywhere.
+template <class S>
+static constexpr Kernels kernels() {
+  return {gru_forward<S>, gru_backward<S>, attention_forward<S>, attention_backward<S>};
+}
+
 #if defined(FASTGRU_NATIVE_BF16)
 
 // Only what the instruction changes; isa.cpp takes the rest from the AVX-512 engine.
-static const Engine engine = {
-    FASTGRU_STRING(FASTGRU_ISA),
-    kVectorBytes,
-    {nullptr, nullptr, gru_forward<bf16>, nullptr},
-    {nullptr, nullptr, gru_backward<bf16>, nullptr},
-    {nullptr, nullptr, attention_forward<bf16>, nullptr},
-    {nullptr, nullptr, attention_backward<bf16>, nullptr},
-};
+static const Engine engine = {FASTGRU_STRING(FASTGRU_ISA), kVectorBytes, {{}, {}, kernels<bf16>(), {}}, nullptr};
 
 #else
 
-template <class C, class F>
-FASTGRU_INLINE void map(int64_t n, const C* x, C* y, F&& f) {
-  constexpr int W = lanes<C>;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store(y + i, f(load(x + i)));
-  if (i < n) store_n(y + i, f(load_n(x + i, int(n - i))), int(n - i));
-}
-
-template <class C>
-static void exp_all(int64_t n, const C* x, C* y) {
-  map(n, x, y, [](vec<C> v) { return exp<C>(v); });
-}
-template <class C>
-static void sigmoid_all(int64_t n, const C* x, C* y) {
-  map(n, x, y, [](vec<C> v) { return sigmoid<C>(v); });
-}
-template <class C>
-static void tanh_all(int64_t n, const C* x, C* y) {
-  map(n, x, y, [](vec<C> v) { return tanh<C>(v); });
-}
-template <class S>
-static void to_f32(int64_t n, const void* x, float* y) {
-  const S* from = static_cast<const S*>(x);
-  for (int64_t i = 0; i < n; ++i) y[i] = load_one(from + i);
-}
-template <class S>
-static void from_f32(int64_t n, const float* x, void* y) {
-  S* to = static_cast<S*>(y);
-  for (int64_t i = 0; i < n; ++i) store_one(to + i, x[i]);
-}
-
-// Panels of b, then one product; `a` is read by rows, or packed by tiles of columns when it comes transposed.
-template <bool TransposedA>
-static void gemm_f32(int64_t M, int64_t N, int64_t K, const float* a, const float* b, float* c) {
-  constexpr int W = lanes<float>;
-  const int64_t vectors = ceil_div(N, W);
-  float* memory =
-      static_cast<float*>(__builtin_malloc(size_t(panels_size<float>(K, N) + kRows * K + 1) * sizeof(float)));
-  const Panels<float> panels{memory, K, vectors};
-  float* packed_a = memory + panels_size<float>(K, N);
-  for (int64_t p = 0; p < panels.count(); ++p)
-    pack_rows<float>([&](int64_t k) { return b + k * N + p * kPanel * W; }, K, N - p * kPanel * W, panels.width(p),
-                     const_cast<float*>(panels.panel(p)));
-  const auto put = [&](int64_t i0, int count, int64_t p, int width, const float* tile) {
-    for (int i = 0; i < count; ++i)
-      for (int v = 0; v < width; ++v) {
-        const int64_t column = (p * kPanel + v) * W;
-        store_upto(c + (i0 + i) * N + column, load(tile + (i * width + v) * W), int(imin(W, N - column)));
-      }
-  };
-  if (!TransposedA) {
-    panel_product<float>(M, [&](int, int64_t i) { return a + i * K; }, 1, &panels, 0, panels.count(), put);
-  } else {
-    for (int64_t m = 0; m < M; m += kRows) {
-      const int count = int(imin(kRows, M - m));
-      for (int64_t k = 0; k < K; ++k)
-        for (int i = 0; i < count; ++i) packed_a[k * count + i] = a[k * M + m + i];
-      for (int64_t p = 0; p < panels.count(); ++p) {
-        alignas(64) float tile[kTileElements<float>];
-        for (int64_t k = 0; k < K; k += kDepth) {
-          const float* rows = packed_a + k * count;
-          TileTable<float, true>::narrow[panels.width(p) - 1][count - 1](imin(K - k, kDepth), &rows, count,
-                                                                         panels.panel(p) + k * panels.width(p) * W,
-                                                                         panels.width(p) * W, 0, tile, k > 0);
-        }
-        put(m, count, p, panels.width(p), tile);
-      }
-    }
-  }
-  __builtin_free(memory);
-}
+#if defined(FASTGRU_WHITEBOX)
+#include "whitebox.inl.h"
+static constexpr const WhiteboxKernels* whitebox = &whitebox_kernels;
+#else
+static constexpr const WhiteboxKernels* whitebox = nullptr;
+#endif
 
 static const Engine engine = {
     FASTGRU_STRING(FASTGRU_ISA),
     kVectorBytes,
-    {gru_forward<float>, gru_forward<double>, gru_forward<bf16>, gru_forward<f16>},
-    {gru_backward<float>, gru_backward<double>, gru_backward<bf16>, gru_backward<f16>},
-    {attention_forward<float>, attention_forward<double>, attention_forward<bf16>, attention_forward<f16>},
-    {attention_backward<float>, attention_backward<double>, attention_backward<bf16>, attention_backward<f16>},
-    exp_all<float>,
-    exp_all<double>,
-    sigmoid_all<float>,
-    sigmoid_all<double>,
-    tanh_all<float>,
-    tanh_all<double>,
-    {to_f32<float>, nullptr, to_f32<bf16>, to_f32<f16>},
-    {from_f32<float>, nullptr, from_f32<bf16>, from_f32<f16>},
-    gemm_f32<false>,
-    gemm_f32<true>,
+    {kernels<float>(), kernels<double>(), kernels<bf16>(), kernels<f16>()},
+    whitebox,
 };
 
 #endif

@@ -6,7 +6,7 @@ static void gru_forward(const GruForward& f, const Parallel& parallel, const Scr
 #if defined(FASTGRU_NATIVE_BF16)
   // Few units are computed in float by rows; so they are by units.
   if (f.s.H <= kFewUnits && f.s.I <= kFewInputs)
-    return engine_avx512()->forward[int(DType::bf16)](f, parallel, scratch);
+    return engine_avx512()->kernels[int(DType::bf16)].gru_forward(f, parallel, scratch);
 #endif
   if (few_units(f.s)) return few_units_forward<S>(f, parallel, scratch);
   if (f.s.T == 1 && !f.s.batch_sizes) {
@@ -31,7 +31,8 @@ static void gru_backward(const GruBackward& f, const Parallel& parallel, const S
     return;
   }
 #if defined(FASTGRU_NATIVE_BF16)
-  if (s.H <= kFewUnits && s.I <= kFewInputs) return engine_avx512()->backward[int(DType::bf16)](f, parallel, scratch);
+  if (s.H <= kFewUnits && s.I <= kFewInputs)
+    return engine_avx512()->kernels[int(DType::bf16)].gru_backward(f, parallel, scratch);
 #endif
   if (few_units(s)) return few_units_backward<S>(f, parallel, scratch);
   const Backward<S> backward(f, parallel, scratch);
