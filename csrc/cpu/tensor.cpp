@@ -1,3 +1,4 @@
+// Makes CPU tensors through torch's stable C interface and tells their dtype.
 #include "tensor.h"
 
 #include <dlfcn.h>

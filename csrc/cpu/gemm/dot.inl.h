@@ -1,4 +1,4 @@
-// Products as dot products along the rows of a matrix as it lies in memory: for too few rows to pay for packing.
+// Products by dot products along the rows of a matrix as it lies in memory: too few rows to pay for packing.
 
 // Dot products of MR rows of A with W / MR rows of a row-major matrix, units[0 ..]: out[row * out_row + unit].
 // The lanes of each product run over k = lane mod W and are summed as a tree of neighbours, for all W products at once.

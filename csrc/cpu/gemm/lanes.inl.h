@@ -1,6 +1,6 @@
-// Products whose vector lanes are rows: every lane sums as the kernels of tile.inl.h or dot.inl.h do for its row.
+// Products whose vector lanes are rows: every lane adds in the order of tile.inl.h or dot.inl.h for its row.
 
-// out[n][lane] = sum over k of a[k][lane] * w[k * ldw + n], as tile_kernel adds.
+// out[n][lane] = sum over k of a[k][lane] * w[k * ldw + n], in the order of tile_kernel.
 template <class C, int N>
 static void lane_chains(int64_t K, int64_t depth, const C* a, const C* w, int64_t ldw, C* out) {
   constexpr int W = lanes<C>;
@@ -19,8 +19,8 @@ static void lane_chains(int64_t K, int64_t depth, const C* a, const C* w, int64_
   }
 }
 
-// The same sum as dot_kernel adds: a chain for every k modulo W, the chains as a tree of neighbours. Here the branch of
-// the `Leaves` chains from the one of `first` on.
+// The same sum in the order of dot_kernel: a chain for every k modulo W, the chains added as a tree of neighbours. This
+// is the branch of `Leaves` chains from chain `first` on.
 template <class C, int N, int Leaves = lanes<C>>
 static void lane_tree(int64_t K, const C* a, const C* w, int64_t ldw, C* out, int64_t first = 0) {
   constexpr int W = lanes<C>;

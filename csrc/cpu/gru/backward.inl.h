@@ -31,7 +31,7 @@ struct Backward {
   const S** previous[2];  // [N] rows of the state before the token's step
   C* dh_carry[2];         // [B][units] dh * z of the step before
 
-  // The sequence is cut into chunks of steps, walked from the last to the first. What a chunk needs:
+  // The sequence is cut into chunks of steps, processed from the last to the first. Memory of a chunk:
   int64_t chunk_steps;
   E* dgates[2];                      // [tokens][gate_row]: n r z q, each [units]
   E* later[2];                       // those of the first step after the chunk, [B][gate_row]
@@ -39,7 +39,7 @@ struct Backward {
   Panels<E> right_x[2], right_h[2];  // input rows and states before the step, as panels over the tokens
   C *dw_ih[2], *dw_hh[2];            // sums over the chunks, where they cannot live in the result
   C* db[2];                          // [plane][units] likewise
-  // Only where the forward pass did not save the gates: what it takes to compute them again.
+  // Only where the forward pass did not save the gates: operands to compute them again.
   const LayerWeights<S>* weights;
   C* gates[2];               // [tokens][blocks][r z n q][W]
   E *inputs[2], *states[2];  // [tokens][depth] operands, where the rows themselves will not do
@@ -150,7 +150,7 @@ struct Backward {
   void products(Worker& worker, int64_t chunk, int64_t h_panels, int64_t i_panels) const;
 };
 
-// The gates from the one of plane `first_plane` on, as many as there are in `panels`.
+// Packs the gates from the one of plane `first_plane` on, as many as there are in `panels`.
 template <class S>
 inline void Backward<S>::pack(const S* w, int64_t columns, int first_plane, const Panels<E>& panels, int64_t p) const {
   const int64_t first = p * kPanel * W;
@@ -175,7 +175,7 @@ inline void Backward<S>::prepare(int d) const {
   }
 }
 
-// From dL/dh after a step to the gate gradients of W units of one row, and the part of dL/dh that bypasses the gates.
+// Computes from dL/dh after a step the gate gradients of W units of one row, and the part of dL/dh that bypasses gates.
 // `recomputed`: the row's gates where the forward pass did not save them, else null.
 template <class S>
 FASTGRU_METHOD void Backward<S>::gate_gradients(int d, int64_t token, const C* recomputed, E* out, int64_t b, int64_t j,
@@ -206,8 +206,8 @@ FASTGRU_METHOD void Backward<S>::gate_gradients(int d, int64_t token, const C* r
   store(dh_carry[d] + b * units + j * W, dh * z);
 }
 
-// dL/dh after `step` from the step after it (none for the last one), then the gate gradients of `step`; step -1 ends
-// in the gradient of the initial state. Rows [b0, b1), panels [p0, p1) of hidden units.
+// Computes dL/dh after `step` from the step after it (none for the last one), then the gate gradients of `step`. Step
+// -1 ends in the gradient of the initial state. Rows [b0, b1), panels [p0, p1) of hidden units.
 template <class S>
 inline void Backward<S>::step(int d, int64_t step, int64_t b0, int64_t b1, int64_t p0, int64_t p1) const {
   const int64_t rows = steps.rows(d, step), rows_next = steps.rows(d, step + 1);
@@ -217,7 +217,7 @@ inline void Backward<S>::step(int d, int64_t step, int64_t b0, int64_t b1, int64
   const E* const from = rows_next ? step_dgates(d, chunk, step + 1) + kR * units : nullptr;
   const C* const recomputed = rows && !f.gates ? gates[d] + (token - chunk_token(d, chunk)) * 4 * units : nullptr;
   const auto recomputed_row = [&](int64_t b) { return recomputed ? recomputed + b * 4 * units : nullptr; };
-  // What the gates of a tile need lies far apart in memory: it is on its way while the tile is computed.
+  // The operands of a tile's gates lie far apart in memory: they are prefetched while the tile is computed.
   const auto ahead = [&](int64_t i0, int count, int64_t p, int width) {
     for (int64_t b = b0 + i0; b < imin(b0 + i0 + count, rows); ++b) {
       const int64_t u = p * kPanel * W, wide = width * W;

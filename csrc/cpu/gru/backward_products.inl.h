@@ -7,12 +7,12 @@ inline void Backward<S>::keep_first_step(int d, int64_t chunk) const {
   __builtin_memcpy(later[d], step_dgates(d, chunk, step), size_t(steps.rows(d, step) * gate_row) * sizeof(E));
 }
 
-// One direction's part of dx: tokens [n0, n1) of a chunk, panels [p0, p1) of the inputs.
+// Computes one direction's part of dx: tokens [n0, n1) of a chunk, panels [p0, p1) of the inputs.
 template <class S>
 inline void Backward<S>::input_gradient(int d, int64_t chunk, int64_t n0, int64_t n1, int64_t p0, int64_t p1) const {
   const E* from = dgates[d];
   const int64_t token = chunk_token(d, chunk);
-  // The other direction was at these tokens first if it meets them in an earlier phase: the second one adds.
+  // The direction that comes to a token in the later phase adds to what the other has written.
   const int64_t second = imax(0, s.T - (chunk + 1 - d) * chunk_steps);  // so many steps of this direction
   const auto adds = [&](int64_t n) {
     return s.D == 2 && (d == 0 ? n < steps.offset[second] : n >= steps.offset[s.T - second]);
@@ -32,8 +32,8 @@ inline void Backward<S>::input_gradient(int d, int64_t chunk, int64_t n0, int64_
       });
 }
 
-// Gate gradients [m0, m1) of one plane over the tokens of a chunk in pairs, tile by tile: out[token / 2][unit][2],
-// zero beyond the last token.
+// Copies gate gradients [m0, m1) of one plane over the tokens of a chunk in pairs, tile by tile: out[token /
+// 2][unit][2], zero beyond the last token.
 template <class S>
 inline void Backward<S>::interleave_pairs(const E* from, int64_t tokens, Plane plane, int64_t m0, int64_t m1,
                                           E* to) const {
@@ -49,8 +49,8 @@ inline void Backward<S>::interleave_pairs(const E* from, int64_t tokens, Plane p
   }
 }
 
-// A weight gradient of so few tokens that writing it is all the work: of units [m0, m1), row by row as it lies in
-// memory.
+// Computes the weight gradient of few tokens, where writing it is all the work: units [m0, m1), row by row as it lies
+// in memory.
 template <class S>
 inline void Backward<S>::outer_products(int d, Plane plane, const S* const* rows, int64_t columns, S* out, int64_t m0,
                                         int64_t m1) const {
@@ -76,7 +76,7 @@ inline void Backward<S>::outer_products(int d, Plane plane, const S* const* rows
     write(int(s.N));
 }
 
-// What a chunk adds to one gate of dw_ih or dw_hh: out[H, columns] += dgates[plane]^T rows, panels [p0, p1) of its
+// Adds a chunk's part to one gate of dw_ih or dw_hh: out[H, columns] += dgates[plane]^T rows, panels [p0, p1) of its
 // columns. `total`: the sum in the compute type, where `out` is of another.
 template <class S>
 inline void Backward<S>::weight_gradient(int d, Plane plane, int64_t tokens, const Panels<E>& right, int64_t columns,
@@ -92,7 +92,7 @@ inline void Backward<S>::weight_gradient(int d, Plane plane, int64_t tokens, con
     for (int64_t p = p0; p < p1; ++p) {
       alignas(64) C tile[kTileElements<C>];
       const int width = right.width(p);
-      // On its way while the tile is computed.
+      // Prefetched while the tile is computed.
       for (int i = 0; i < count; ++i) {
         const int64_t at = (m + i) * columns + p * kPanel * W;
         if (same<S, C>)
@@ -139,7 +139,7 @@ FASTGRU_METHOD void Backward<S>::add_rows(const E* from, int64_t rows, bool firs
   for (int v = 0; v < V; ++v) store(total + v * W, first ? sum[v] : load(total + v * W) + sum[v]);
 }
 
-// What a chunk adds to the sum of one plane, which goes into the bias gradients that the plane belongs to.
+// Adds a chunk's part to the sum of one plane, which the bias gradients of its gate take at the end.
 template <class S>
 inline void Backward<S>::bias_gradient(int d, const E* from, int64_t tokens, Plane plane, bool first, bool last) const {
   C* total = db[d] + plane * units;
@@ -159,7 +159,7 @@ inline void Backward<S>::bias_gradient(int d, const E* from, int64_t tokens, Pla
   }
 }
 
-// Everything that depends on the gate gradients of a chunk alone.
+// Computes everything that depends on the gate gradients of a chunk alone.
 template <class S>
 inline void Backward<S>::products(Worker& worker, int64_t chunk, int64_t h_panels, int64_t i_panels) const {
   const bool first = (chunk + 1) * chunk_steps >= s.T, last = chunk == 0;

@@ -40,8 +40,9 @@ static void load_biases(const GruWeights& w, int64_t H, int64_t j, C* out) {
   }
 }
 
-// Where the gates of unit u (a multiple of W) lie in a saved row: r, z, n, q of every kSavedAlign units side by side,
-// for every W alike, so that one instruction set reads what another has saved. The next gate is `saved_plane` further.
+// The place of the gates of unit u (a multiple of W) in a saved row: r, z, n, q of every kSavedAlign units side by
+// side, for every W alike, so that one instruction set reads what another has saved. The next gate is `saved_plane`
+// further.
 FASTGRU_INLINE int64_t saved_gate(int64_t u) { return u / kSavedAlign * 4 * kSavedAlign + u % kSavedAlign; }
 FASTGRU_INLINE int64_t saved_plane(int64_t H) { return imin(kSavedAlign, saved_units(H)); }
 

@@ -13,7 +13,7 @@ constexpr int64_t kFewInputs = 128;
 constexpr int64_t kTileBlocks = 8;  // blocks that take a step one after the other: their chains of arithmetic overlap
 constexpr int64_t kMostItems = 64;
 
-// By sizes alone: a backward pass, of whatever instruction set, finds the saved gates as its forward pass left them.
+// Depends on sizes alone: a backward pass of any instruction set then knows the layout of the saved gates.
 FASTGRU_INLINE bool few_units(const GruShape& s) {
   return s.H >= 1 && s.H <= kFewUnits && s.I <= kFewInputs && s.B >= 2 * s.H;
 }
@@ -33,7 +33,7 @@ static void load_columns(const S* from, int64_t stride, int rows, int64_t n, C* 
   }
 }
 
-// The way back.
+// The inverse of load_columns.
 template <class S, class C>
 static void store_columns(S* to, int64_t stride, int rows, int64_t n, const C* in) {
   constexpr int W = lanes<C>;
@@ -48,7 +48,7 @@ static void store_columns(S* to, int64_t stride, int rows, int64_t n, const C* i
   }
 }
 
-// What both passes need.
+// The state common to both passes.
 template <class S>
 struct FewUnits {
   using C = compute_t<S>;
@@ -112,7 +112,7 @@ struct FewUnits {
   // Rows of a block that take part where `rows` of the batch do.
   int live(int64_t block, int64_t rows) const { return int(imax(0, imin(W, rows - block * W))); }
 
-  // Where the first gate of unit 0 of a block lies; the next unit, and the next gate after H units, are `rows` further.
+  // The first gate of unit 0 of a block; the next unit, and the next gate after H units, are `rows` further.
   template <class T>
   T* saved(T* gates, int d, int64_t step, int64_t block) const {
     return gates + (d * s.N + steps.token(d, step)) * 4 * s.H + block * W;

@@ -41,7 +41,7 @@ struct FewUnitsBackward : FewUnits<S> {
       store(out + u * W, from_y ? first_lanes<C>(from_y, load(out + u * W), load(h0 + u * W)) : load(h0 + u * W));
   }
 
-  // One step of a block: from dL/dh after it to dL/dh before it, and the gate gradients of `da`.
+  // Computes one step of a block: dL/dh before it from dL/dh after it, and the gate gradients `da`.
   FASTGRU_METHOD void step(int d, int64_t step, int64_t block, int live, C* dh, C* da, C* x, C* h) const {
     alignas(64) C r[kFewUnits * W], z[kFewUnits * W], n[kFewUnits * W], q[kFewUnits * W], dy[kFewUnits * W];
     alignas(64) C carry[kFewUnits * W], next[kFewUnits * W];
@@ -99,7 +99,7 @@ struct FewUnitsBackward : FewUnits<S> {
     store_columns(to, s.I, live, s.I, sum);
   }
 
-  // What `count` blocks of a tile add to the weight gradients in one step.
+  // Adds the part of `count` blocks of a tile in one step to the weight gradients.
   void add_weights(int count, const C* da, const C* x, const C* h, C* total) const {
     const int64_t H = s.H, block_da = 4 * H * W, block_x = s.I * W, block_h = H * W;
     const auto add = [&](const C* rows, const C* b, int64_t block_b, int64_t columns, C* to) {

@@ -12,7 +12,7 @@
 //
 // A batch of many rows and few hidden units: few_units.inl.h. A single step: single_step.inl.h.
 
-// Where the tokens of a step lie. Steps are counted in the order in which the recurrence runs: step 0 is the first one
+// The tokens of each step. Steps are counted in the order in which the recurrence runs: step 0 is the first one
 // computed, which for the second direction is the last of the sequence.
 struct Steps {
   const GruShape& s;

@@ -6,8 +6,8 @@ inline void Backward<S>::copy_rows(int d, int64_t token, int64_t i) const {
   if (states[d]) copy_operand(previous[d][token + i], s.H, states[d] + i * padded_depth<E>(s.H), padded_depth<E>(s.H));
 }
 
-// The gates of `tokens` tokens from `token` on, blocks [j0, j1). Every state is known, so nothing is sequential here;
-// the arithmetic is that of the forward pass.
+// Computes the gates of `tokens` tokens from `token` on, blocks [j0, j1). Every state is known, so nothing is
+// sequential; the arithmetic is that of the forward pass.
 template <class S>
 inline void Backward<S>::recompute(int worker, int d, int64_t token, int64_t tokens, int64_t j0, int64_t j1) const {
   const auto row = [&](const S* const* rows, const E* copied, int64_t n, int64_t i) {

@@ -1,4 +1,5 @@
-// The forward pass of a single step, from the weights as they lie in memory.
+// The forward pass of a single step. Packing would not be used again, so gates come from dot products along the rows of
+// the weights as they lie in memory.
 
 template <class S>
 struct ForwardStep : Forward<S> {
@@ -12,8 +13,8 @@ struct ForwardStep : Forward<S> {
   const C* input;  // [B, I] likewise, rows input_stride apart
   int64_t input_stride;
   int workers;
-  // Every other call of a thread walks through the weights from their end: what a stream of steps read last is then
-  // read first, while the nearer caches still hold it.
+  // Every other call of a thread reads the weights from their end: a stream of steps then begins with what it read
+  // last, while the nearer caches still hold it.
   bool reversed;
 
   ForwardStep(const GruForward& forward, const Parallel& parallel, const Scratch& scratch) : Forward<S>(forward) {

@@ -1,9 +1,9 @@
 // The weights of a layer, packed for the forward pass, and the product of its inputs.
 
-// Products of few columns are short sums in torch, one for every lane of a vector: chains of no more than that here.
+// Depth of a chain. Torch adds products of few columns in short chains, one per lane; chains here are no longer.
 static int64_t chain_depth(const GruShape& s) { return s.H <= kFewUnits ? 16 : kDepth; }
 
-// The weights of a layer as the products of the forward pass want them.
+// The weights of a layer in the layout of the forward pass's products.
 template <class S>
 struct LayerWeights {
   using C = compute_t<S>;
