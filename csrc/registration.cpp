@@ -3,8 +3,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/attention_op.h"
-#include "cpu/gru_op.h"
-#include "cpu/tensor.h"
+#include "cpu/gru/op.h"
+#include "cpu/memory.h"
+#include "cpu/threads/backoff.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fastgru, CPU, m) {
   m.impl("cpu_gru_infer", TORCH_BOX(&fastgru::gru_infer));
@@ -20,6 +21,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgru, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&fastgru::cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&fastgru::cpu_isas));
   m.impl("cpu_set_isa", TORCH_BOX(&fastgru::cpu_set_isa));
+  m.impl("cpu_backoffs", TORCH_BOX(&fastgru::cpu_backoffs));
+  m.impl("cpu_release_memory", TORCH_BOX(&fastgru::cpu_release_memory));
   m.impl("cpu_set_poison", TORCH_BOX(&fastgru::cpu_set_poison));
   m.impl("cpu_set_chunk_tokens", TORCH_BOX(&fastgru::cpu_set_chunk_tokens));
 }

@@ -291,6 +291,30 @@ PROGRAMS = {
             raise AssertionError("there was enough memory")
         assert torch.equal(run(), want)
     """,
+    # What a thread keeps for its next call, while it waits for something else.
+    "scratch memory given back": """
+        import resource, threading
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+        layer, wide = fastgru.GRU(512, 512), torch.randn(8, 64, 512)
+        called, done = threading.Event(), threading.Event()
+        def work():
+            with torch.no_grad():
+                layer(wide)
+            called.set()
+            done.wait()
+        thread = threading.Thread(target=work)
+        thread.start()
+        called.wait()
+        want, before = run(), resident()
+        torch.ops.fastgru.cpu_release_memory()
+        assert before - resident() > 3 * 512 * 1024 * 4
+        assert torch.equal(run(), want)
+        done.set()
+        thread.join()
+        torch.ops.fastgru.cpu_release_memory()
+        assert torch.equal(run(), want)
+    """,
     "one OpenMP thread": """
         assert torch.get_num_threads() == 1
         run()
@@ -300,7 +324,11 @@ PROGRAMS = {
         run()
     """,
 }
+for name in ("threads stay where they are", "threads bound by OpenMP"):
+    PROGRAMS[name] = PROGRAMS["pauses"]
 ENVIRONMENT = {
+    "threads stay where they are": {"FASTGRU_MOVE_THREADS": "0"},
+    "threads bound by OpenMP": {"OMP_PROC_BIND": "true"},
     "one OpenMP thread": {"OMP_NUM_THREADS": "1"},
     "a limit below what was asked for": {"OMP_THREAD_LIMIT": "1"},
 }

@@ -1,9 +1,12 @@
-"""The torch-free CPU kernels by themselves: vector functions, conversions, products and the team of workers."""
+"""The torch-free CPU kernels by themselves: vector functions, conversions, products and the phases of workers."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from types import ModuleType
 
 import numpy as np
@@ -105,12 +108,59 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(whitebox: ModuleType, 
 
 @pytest.mark.parametrize(("workers", "late"), [(1, []), (2, []), (2, [0]), (3, [1, 2]), (8, []), (8, [0, 3, 7])])
 @pytest.mark.parametrize("items", [1, 2, 7, 33])
-def test_team_runs_every_item_once_and_in_order(
+def test_phases_run_every_item_once_and_in_order(
     whitebox: ModuleType, workers: int, late: list[int], items: int
 ) -> None:
-    assert whitebox.team_violations(workers, 60, items, late, 0.01, False) == 0
+    assert whitebox.phase_violations(workers, 60, items, late, 0.01, False) == 0
 
 
-def test_team_needs_no_second_thread(whitebox: ModuleType) -> None:
+def test_phases_need_no_second_thread(whitebox: ModuleType) -> None:
     # A nested parallel region runs its workers one after the other on one thread.
-    assert whitebox.team_violations(4, 100, 9, [], 0.0, True) == 0
+    assert whitebox.phase_violations(4, 100, 9, [], 0.0, True) == 0
+
+
+MILLISECOND = 1_000_000  # ns
+
+
+def test_a_thread_works_alone_after_a_wait(whitebox: ModuleType) -> None:
+    backoff, before = whitebox.Backoff(), whitebox.Backoff.count()
+    assert not backoff.alone(2)
+    backoff.region_ended(0, 1000)
+    assert not backoff.alone(2)
+    backoff.region_ended(1000 * MILLISECOND, 1001 * MILLISECOND)
+    assert backoff.alone(2)
+    assert whitebox.Backoff.count() == before + 1
+    # Another number of threads: what was seen with the old one says nothing.
+    assert not backoff.alone(3)
+    assert not backoff.alone(2)
+
+
+def test_a_short_wait_counts_the_second_time_in_a_row(whitebox: ModuleType) -> None:
+    backoff, before = whitebox.Backoff(), whitebox.Backoff.count()
+    assert not backoff.alone(2)
+    backoff.region_ended(0, 1000)
+    backoff.region_ended(MILLISECOND - 1, MILLISECOND)
+    assert whitebox.Backoff.count() == before
+    # A pause between two calls, as of a busy machine, hides the wait of the second.
+    for _ in range(100):
+        backoff.region_ended(MILLISECOND - 1, MILLISECOND)
+        if whitebox.Backoff.count() > before:
+            break
+    assert whitebox.Backoff.count() > before
+
+
+def test_back_off_can_be_turned_off(whitebox: ModuleType) -> None:
+    code = """
+        from whitebox.build import load
+        backoff = load().Backoff()
+        assert not backoff.alone(2)
+        backoff.region_ended(0, 1000)
+        backoff.region_ended(10**9, 10**9 + 1000)
+        assert not backoff.alone(2)
+        assert not backoff.count()
+    """
+    environment = {**os.environ, "FASTGRU_BACKOFF": "0", "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -125,9 +125,9 @@ std::tuple<Tensor, Tensor> forward(FASTGRU_ATTENTION_PARAMETERS, Tensor* lse) {
   Tensor output = empty_like_layout(query, s.Dv), statistics = contiguous_tensor(problem.wide, {2, s.B, s.Hq, s.Lq});
   if (lse) *lse = contiguous_tensor(problem.wide, {s.B, s.Hq, s.Lq});
   Arena arena;
-  current_engine().attention_forward[int(problem.dtype)](
-      {s, heads(output), lse ? lse->mutable_data_ptr() : nullptr, statistics.mutable_data_ptr()}, torch_threads(),
-      arena.scratch());
+  current_kernels(problem.dtype)
+      .attention_forward({s, heads(output), lse ? lse->mutable_data_ptr() : nullptr, statistics.mutable_data_ptr()},
+                         torch_threads(), arena.scratch());
   return {output, statistics};
 }
 
@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const OptionalTensor& grad_output, 
     for (int d = 0; d < 4; ++d) b.d_bias_shape[d] = d_bias->size(d);
   }
   Arena arena;
-  current_engine().attention_backward[int(problem.dtype)](b, torch_threads(), arena.scratch());
+  current_kernels(problem.dtype).attention_backward(b, torch_threads(), arena.scratch());
   return {dq, dk, dv};
 }
 

@@ -1,8 +1,9 @@
+// The functions of the fast path: scratch memory and threads around the engine's kernels.
 #include "direct.h"
 
 #include <cstring>
 
-#include "gru_op.h"
+#include "gru/op.h"
 #include "isa.h"
 #include "tensor.h"
 
@@ -11,7 +12,7 @@ namespace {
 
 constexpr size_t kElementBytes[kDTypes] = {4, 8, 2, 2};
 
-// What goes wrong here is thrown once more by the operator, which the caller then calls, and which has the words.
+// Errors are not reported here: the caller then calls the operator, which throws them again.
 template <class Call>
 bool returns(const Call& call) {
   try {
@@ -30,7 +31,7 @@ bool gru_forward(const GruForward& given, DType dtype) {
     const size_t bytes = f.s.D * f.s.B * f.s.H * kElementBytes[int(dtype)];
     if (!f.s.h0) f.s.h0 = std::memset(scratch.allocate(scratch.context, bytes), 0, bytes);
     if (!f.h_n) f.h_n = scratch.allocate(scratch.context, bytes);
-    current_engine().forward[int(dtype)](f, torch_threads(), scratch);
+    current_kernels(dtype).gru_forward(f, torch_threads(), scratch);
   });
 }
 
@@ -39,21 +40,21 @@ bool gru_backward(const GruBackward& given, DType dtype) {
     Arena arena;
     GruBackward b = given;
     b.chunk_tokens = cpu_chunk_tokens();
-    current_engine().backward[int(dtype)](b, torch_threads(), arena.scratch());
+    current_kernels(dtype).gru_backward(b, torch_threads(), arena.scratch());
   });
 }
 
 bool attention_forward(const AttentionForward& f, DType dtype) {
   return returns([&] {
     Arena arena;
-    current_engine().attention_forward[int(dtype)](f, torch_threads(), arena.scratch());
+    current_kernels(dtype).attention_forward(f, torch_threads(), arena.scratch());
   });
 }
 
 bool attention_backward(const AttentionBackward& b, DType dtype) {
   return returns([&] {
     Arena arena;
-    current_engine().attention_backward[int(dtype)](b, torch_threads(), arena.scratch());
+    current_kernels(dtype).attention_backward(b, torch_threads(), arena.scratch());
   });
 }
 

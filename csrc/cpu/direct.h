@@ -1,9 +1,10 @@
-// What the Python module of csrc/python calls in the library of the operators: the engine, on plain memory. No torch
-// header is needed to include this.
+// The fast path's functions in the library of the operators, called by the Python module of csrc/python: the engine on
+// plain memory. No torch header is needed to include this.
 #pragma once
 
+#include "gru/types.h"
+#include "kernel_table.h"
 #include "kernels/attention_kernels.h"
-#include "kernels/gru_kernels.h"
 
 namespace fastgru {
 
@@ -14,11 +15,11 @@ struct DirectCalls {
   bool (*gru_backward)(const GruBackward&, DType);
   bool (*attention_forward)(const AttentionForward&, DType);
   bool (*attention_backward)(const AttentionBackward&, DType);
-  // Told of memory from torch that nothing has been written to yet.
+  // Prepares memory from torch that nothing has been written to yet.
   void (*fresh)(void* memory, size_t bytes);
 };
 
 }  // namespace fastgru
 
-// The one symbol that the library exports beside what torch registers.
+// The one symbol that the library exports besides what torch registers.
 extern "C" __attribute__((visibility("default"))) const fastgru::DirectCalls* fastgru_direct_calls();

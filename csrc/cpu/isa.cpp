@@ -1,10 +1,7 @@
+// Chooses the engine: by what the processor supports, FASTGRU_CPU_ISA or set_engine().
 #include "isa.h"
 
-#include <sys/resource.h>
-#include <unistd.h>
-
 #include <atomic>
-#include <chrono>
 #include <cstdlib>
 #include <stdexcept>
 #include <vector>
@@ -23,12 +20,8 @@ const Engine* avx512_with_bf16() {
   static const Engine engine = [] {
     Engine e = *engine_avx512();
     const Engine& native = *engine_avx512_bf16();
-    const int bf16 = int(DType::bf16);
     e.name = native.name;
-    e.forward[bf16] = native.forward[bf16];
-    e.backward[bf16] = native.backward[bf16];
-    e.attention_forward[bf16] = native.attention_forward[bf16];
-    e.attention_backward[bf16] = native.attention_backward[bf16];
+    e.kernels[int(DType::bf16)] = native.kernels[int(DType::bf16)];
     return e;
   }();
   return &engine;
@@ -60,29 +53,7 @@ std::atomic<const Engine*> chosen{nullptr};
 
 }  // namespace
 
-int64_t l2_bytes() {
-  static const int64_t bytes = [] {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    const long reported = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (reported > 0) return int64_t(reported);
-#endif
-    return int64_t(1) << 20;
-  }();
-  return bytes;
-}
-
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
-int64_t preemptions() {
-#if defined(RUSAGE_THREAD)
-  rusage usage;
-  if (getrusage(RUSAGE_THREAD, &usage) == 0) return usage.ru_nivcsw;
-#endif
-  return 0;
-}
+const Kernels& current_kernels(DType dtype) { return current_engine().kernels[int(dtype)]; }
 
 const Engine& current_engine() {
   const Engine* engine = chosen.load(std::memory_order_acquire);

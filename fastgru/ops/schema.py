@@ -55,7 +55,7 @@ def _fake_train(input: Tensor, hx: Tensor, *rest: Tensor | None) -> tuple[Tensor
 
 def _fake_train_cpu(input: Tensor, hx: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     output, h_n, gates = _fake_train(input, hx)
-    # saved_units() of csrc/cpu/kernels/gru_kernels.h.
+    # saved_units() of csrc/cpu/gru/types.h.
     return output, h_n, gates if hx.shape[2] > 8 else input.new_empty(*gates.shape[:2], 4 * hx.shape[2])
 
 
@@ -404,6 +404,8 @@ for _name, _kernels, _key in (
 LIBRARY.define("cpu_isa() -> str")
 LIBRARY.define("cpu_isas() -> str")
 LIBRARY.define("cpu_set_isa(str name) -> ()")
+LIBRARY.define("cpu_backoffs() -> int")
+LIBRARY.define("cpu_release_memory() -> ()")
 LIBRARY.define("cpu_set_poison(bool on) -> ()")
 LIBRARY.define("cpu_set_chunk_tokens(int tokens) -> ()")
 LIBRARY.define("cuda_versions() -> (int runtime, int driver)")

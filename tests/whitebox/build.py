@@ -13,8 +13,10 @@ from types import ModuleType
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-SOURCES = [HERE / "whitebox.cpp", CSRC / "cpu/isa.cpp", *sorted((CSRC / "cpu/kernels").glob("engine_*.cpp"))]
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
+CPU = CSRC / "cpu"
+SOURCES = [HERE / "whitebox.cpp", *(CPU / name for name in ("isa.cpp", "platform.cpp", "threads/backoff.cpp"))]
+SOURCES += sorted((CPU / "engines").glob("*.cpp"))
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-DFASTGRU_WHITEBOX"]
 
 
 def build(directory: Path = HERE / "build") -> Path:

@@ -14,7 +14,8 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/kernels/team.h"
+#include "cpu/threads/backoff.h"
+#include "cpu/threads/phases.h"
 
 namespace py = pybind11;
 using fastgru::Engine;
@@ -43,13 +44,13 @@ using Map = void (*)(int64_t, const C*, C*);
 template <class C>
 Map<C> function(const Engine& e, const std::string& name) {
   if constexpr (sizeof(C) == 4) {
-    if (name == "exp") return e.exp_f32;
-    if (name == "sigmoid") return e.sigmoid_f32;
-    if (name == "tanh") return e.tanh_f32;
+    if (name == "exp") return e.whitebox->exp_f32;
+    if (name == "sigmoid") return e.whitebox->sigmoid_f32;
+    if (name == "tanh") return e.whitebox->tanh_f32;
   } else {
-    if (name == "exp") return e.exp_f64;
-    if (name == "sigmoid") return e.sigmoid_f64;
-    if (name == "tanh") return e.tanh_f64;
+    if (name == "exp") return e.whitebox->exp_f64;
+    if (name == "sigmoid") return e.whitebox->sigmoid_f64;
+    if (name == "tanh") return e.whitebox->tanh_f64;
   }
   throw std::invalid_argument("no function " + name);
 }
@@ -137,13 +138,13 @@ const std::map<std::string, fastgru::DType> kHalves = {{"bf16", fastgru::DType::
 
 Array<float> widen(const std::string& isa, const std::string& dtype, const Array<uint16_t>& bits) {
   Array<float> y(bits.size());
-  engine(isa).to_f32[int(kHalves.at(dtype))](bits.size(), bits.data(), y.mutable_data());
+  engine(isa).whitebox->to_f32[int(kHalves.at(dtype))](bits.size(), bits.data(), y.mutable_data());
   return y;
 }
 
 Array<uint16_t> narrow(const std::string& isa, const std::string& dtype, const Array<float>& x) {
   Array<uint16_t> y(x.size());
-  engine(isa).from_f32[int(kHalves.at(dtype))](x.size(), x.data(), y.mutable_data());
+  engine(isa).whitebox->from_f32[int(kHalves.at(dtype))](x.size(), x.data(), y.mutable_data());
   return y;
 }
 
@@ -152,24 +153,24 @@ Array<float> gemm(const std::string& isa, const Array<float>& a, const Array<flo
   const int64_t M = a.shape(transposed ? 1 : 0), K = b.shape(0), N = b.shape(1);
   Array<float> c({M, N});
   const Engine& e = engine(isa);
-  (transposed ? e.gemm_tn_f32 : e.gemm_f32)(M, N, K, a.data(), b.data(), c.mutable_data());
+  (transposed ? e.whitebox->gemm_tn_f32 : e.whitebox->gemm_f32)(M, N, K, a.data(), b.data(), c.mutable_data());
   return c;
 }
 
-// Runs `stages` stages of `items` items on `workers` threads, of which those in `late` start only after `delay` and
-// all of which now and then sleep in the middle of an item. Returns how often each item was executed out of order (an
-// item of the stage before not yet complete) or not exactly once: zero when the team keeps its promise.
-int64_t team_violations(int workers, int stages, int items, const std::vector<int>& late, double delay, bool serial) {
-  fastgru::Team team(workers);
-  std::vector<std::atomic<int>> runs(size_t(stages) * items);
+// Runs `count` phases of `items` items on `workers` threads. Those in `late` start only after `delay`; all of them now
+// and then sleep in the middle of an item. Returns how many items ran out of order (an item of the phase before not yet
+// complete) or not exactly once: zero.
+int64_t phase_violations(int workers, int count, int items, const std::vector<int>& late, double delay, bool serial) {
+  fastgru::Phases phases(workers);
+  std::vector<std::atomic<int>> runs(size_t(count) * items);
   std::atomic<int64_t> violations{0};
   const auto body = [&](int index) {
     for (int w : late)
       if (w == index) std::this_thread::sleep_for(std::chrono::duration<double>(delay));
-    fastgru::Worker worker(team, index);
+    fastgru::Worker worker(phases, index);
     std::mt19937 random(index);
-    for (int s = 0; s < stages; ++s)
-      worker.stage(items, s & 1, [&](int64_t i) {
+    for (int s = 0; s < count; ++s)
+      worker.phase(items, s & 1, [&](int64_t i) {
         if (s > 0)
           for (int j = 0; j < items; ++j)
             if (runs[size_t(s - 1) * items + j].load(std::memory_order_relaxed) != 1) ++violations;
@@ -194,6 +195,11 @@ int64_t team_violations(int workers, int stages, int items, const std::vector<in
 
 PYBIND11_MODULE(_whitebox, m) {
   py::class_<Worst>(m, "Worst").def_readonly("error", &Worst::error).def_readonly("x", &Worst::x);
+  py::class_<fastgru::Backoff>(m, "Backoff")
+      .def(py::init<>())
+      .def("alone", &fastgru::Backoff::alone)
+      .def("region_ended", &fastgru::Backoff::region_ended)
+      .def_static("count", &fastgru::Backoff::count);
   m.def("engines", engines);
   m.def("vector_bytes", [](const std::string& isa) { return engine(isa).vector_bytes; });
   m.def("apply_f32", apply<float>);
@@ -203,5 +209,5 @@ PYBIND11_MODULE(_whitebox, m) {
   m.def("widen", widen);
   m.def("narrow", narrow);
   m.def("gemm", gemm);
-  m.def("team_violations", team_violations);
+  m.def("phase_violations", phase_violations);
 }

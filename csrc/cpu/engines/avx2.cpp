@@ -1,7 +1,9 @@
 // The engine for AVX2 with FMA and F16C.
-#include "attention_kernels.h"
-#include "gru_kernels.h"
-#include "team.h"
+#include "../gru/types.h"
+#include "../kernel_table.h"
+#include "../kernels/attention_kernels.h"
+#include "../platform.h"
+#include "../threads/phases.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -14,8 +16,8 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #define FASTGRU_ISA avx2
-#define FASTGRU_VECTOR_BYTES 32
-#include "engine.inc"
+#define FASTGRU_SIMD "../simd/avx2.inl.h"
+#include "engine.inl.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

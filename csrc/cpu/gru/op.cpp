@@ -1,12 +1,13 @@
-// The tensor layer of the CPU backend: from torch tensors to the structs of the engine and back.
-#include "gru_op.h"
+// The tensor layer of the GRU on the CPU: checks torch tensors, fills the structs of the engine, allocates results.
+#include "op.h"
 
 #include <atomic>
 #include <string>
 #include <vector>
 
-#include "isa.h"
-#include "tensor.h"
+#include "../isa.h"
+#include "../tensor.h"
+#include "types.h"
 
 namespace fastgru {
 namespace {
@@ -92,7 +93,7 @@ struct Layer {
     }
   }
 
-  // The engine's products are over one column at the least: of zeros, and so are the weights.
+  // The engine's products need one column at least: here of zeros, with weights of zero.
   void input_of_one_column() {
     held.push_back(torch::stable::fill_(empty({3 * shape.H}), 0));
     shape.I = 1;
@@ -139,7 +140,7 @@ void forward(const Layer& layer, const Tensor& output, const Tensor& h_n, const 
   Arena arena;
   const GruForward f{layer.shape, output.mutable_data_ptr(), h_n.mutable_data_ptr(),
                      gates ? gates->mutable_data_ptr() : nullptr};
-  current_engine().forward[int(layer.dtype)](f, torch_threads(), arena.scratch());
+  current_kernels(layer.dtype).gru_forward(f, torch_threads(), arena.scratch());
 }
 
 }  // namespace
@@ -206,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const Op
                       wanted(db_ih, need_weight_grad),
                       wanted(db_hh, need_weight_grad),
                       cpu_chunk_tokens()};
-  current_engine().backward[int(layer.dtype)](b, torch_threads(), arena.scratch());
+  current_kernels(layer.dtype).gru_backward(b, torch_threads(), arena.scratch());
   return {dx, dh0, dw_ih, dw_hh, db_ih, db_hh};
 }
 

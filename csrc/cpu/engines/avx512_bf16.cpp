@@ -1,7 +1,9 @@
 // The AVX-512 engine with bf16 products on the processor's own instruction (AVX512_BF16). Only the bf16 entries differ.
-#include "attention_kernels.h"
-#include "gru_kernels.h"
-#include "team.h"
+#include "../gru/types.h"
+#include "../kernel_table.h"
+#include "../kernels/attention_kernels.h"
+#include "../platform.h"
+#include "../threads/phases.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,9 +17,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #endif
 #define FASTGRU_ISA avx512_bf16
-#define FASTGRU_VECTOR_BYTES 64
-#define FASTGRU_NATIVE_BF16 1
-#include "engine.inc"
+#define FASTGRU_SIMD "../simd/avx512_bf16.inl.h"
+#include "engine.inl.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -1,36 +1,4 @@
-// One complete engine for the instruction set whose target region this file is included in.
-// FASTGRU_ISA is its name (also the namespace), FASTGRU_VECTOR_BYTES the width of its registers.
-// Nothing of the standard library may be instantiated here: the linker keeps one copy of an inline function for the
-// whole program, and it must not be the one compiled for the newest machine.
-
-#define FASTGRU_STRING_(x) #x
-#define FASTGRU_STRING(x) FASTGRU_STRING_(x)
-
-namespace fastgru {
-namespace FASTGRU_ISA {
-
-// clang-format off: each needs the ones before it
-#include "simd.inc"
-#include "math.inc"
-#include "gemm.inc"
-#include "gru.inc"
-#include "gru_few_units.inc"
-#include "attention.inc"
-// clang-format on
-
-#if defined(FASTGRU_NATIVE_BF16)
-
-// Only what the instruction changes; isa.cpp takes the rest from the AVX-512 engine.
-static const Engine engine = {
-    FASTGRU_STRING(FASTGRU_ISA),
-    FASTGRU_VECTOR_BYTES,
-    {nullptr, nullptr, gru_forward<bf16>, nullptr},
-    {nullptr, nullptr, gru_backward<bf16>, nullptr},
-    {nullptr, nullptr, attention_forward<bf16>, nullptr},
-    {nullptr, nullptr, attention_backward<bf16>, nullptr},
-};
-
-#else
+// Parts of kernels as functions of plain arrays, for tests/whitebox.
 
 template <class C, class F>
 FASTGRU_INLINE void map(int64_t n, const C* x, C* y, F&& f) {
@@ -70,6 +38,7 @@ static void gemm_f32(int64_t M, int64_t N, int64_t K, const float* a, const floa
   const int64_t vectors = ceil_div(N, W);
   float* memory =
       static_cast<float*>(__builtin_malloc(size_t(panels_size<float>(K, N) + kRows * K + 1) * sizeof(float)));
+  if (!memory) __builtin_abort();
   const Panels<float> panels{memory, K, vectors};
   float* packed_a = memory + panels_size<float>(K, N);
   for (int64_t p = 0; p < panels.count(); ++p)
@@ -104,13 +73,7 @@ static void gemm_f32(int64_t M, int64_t N, int64_t K, const float* a, const floa
   __builtin_free(memory);
 }
 
-static const Engine engine = {
-    FASTGRU_STRING(FASTGRU_ISA),
-    FASTGRU_VECTOR_BYTES,
-    {gru_forward<float>, gru_forward<double>, gru_forward<bf16>, gru_forward<f16>},
-    {gru_backward<float>, gru_backward<double>, gru_backward<bf16>, gru_backward<f16>},
-    {attention_forward<float>, attention_forward<double>, attention_forward<bf16>, attention_forward<f16>},
-    {attention_backward<float>, attention_backward<double>, attention_backward<bf16>, attention_backward<f16>},
+static const WhiteboxKernels whitebox_kernels = {
     exp_all<float>,
     exp_all<double>,
     sigmoid_all<float>,
@@ -122,8 +85,3 @@ static const Engine engine = {
     gemm_f32<false>,
     gemm_f32<true>,
 };
-
-#endif
-
-}  // namespace FASTGRU_ISA
-}  // namespace fastgru

@@ -1,4 +1,4 @@
-// The CPU operators, as their schemas in fastgru/ops/schema.py say.
+// Declares the GRU's CPU operators, whose schemas are in fastgru/ops/schema.py, and the switches of the CPU backend.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

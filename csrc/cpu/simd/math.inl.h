@@ -1,4 +1,4 @@
-// exp, sigmoid and tanh of a vector. Included after simd.inc.
+// exp, sigmoid and tanh of a vector.
 //
 // All three share one reduction: x = n ln2 + r with |r| <= ln2 / 2, and e^r - 1 = r + r^2 Q(r), Q a polynomial
 // (float: minimax, relative error 2.4e-10; double: the Taylor series, relative error 1.2e-17).
@@ -32,13 +32,7 @@ struct ExpTable<double> {
 // NaN stays NaN.
 template <class C>
 FASTGRU_INLINE vec<C> clamp(vec<C> x, C low, C high) {
-#if FASTGRU_VECTOR_BYTES == 64
-  // One instruction each, which compilers do not find: it returns its second operand where one of them is NaN.
-  if constexpr (same<C, float>) {
-    x = (vf32)_mm512_max_ps((__m512)splat<C>(low), (__m512)x);
-    return (vf32)_mm512_min_ps((__m512)splat<C>(high), (__m512)x);
-  }
-#endif
+  if constexpr (kClampInstructions && same<C, float>) return clamp_instructions(x, splat<C>(low), splat<C>(high));
   x = x < low ? splat<C>(low) : x;
   return x > high ? splat<C>(high) : x;
 }
@@ -74,31 +68,23 @@ FASTGRU_INLINE vec<C> exp2_shifted(vec<C> shifted) {
 }
 
 // v 2^n for whole numbers n, rounded once: into the subnormals and to infinity too.
-FASTGRU_INLINE vf32 scale(vf32 v, vf32 n) {
-#if FASTGRU_VECTOR_BYTES == 64
-  return (vf32)_mm512_scalef_ps((__m512)v, (__m512)n);
-#else
-  // In two factors, because 2^n itself may be subnormal or too large.
-  constexpr float round = ExpTable<float>::round;
-  const vf32 shifted = n * 0.5f + round, half = shifted - round;
-  return v * exp2_shifted<float>(shifted) * exp2_shifted<float>(n - half + round);
-#endif
-}
-FASTGRU_INLINE vf64 scale(vf64 v, vf64 n) {
-#if FASTGRU_VECTOR_BYTES == 64
-  return (vf64)_mm512_scalef_pd((__m512d)v, (__m512d)n);
-#else
-  constexpr double round = ExpTable<double>::round;
-  const vf64 shifted = n * 0.5 + round, half = shifted - round;
-  return v * exp2_shifted<double>(shifted) * exp2_shifted<double>(n - half + round);
-#endif
+template <class C>
+FASTGRU_INLINE vec<C> scale(vec<C> v, vec<C> n) {
+  if constexpr (kScaleInstruction) {
+    return scale_instruction(v, n);
+  } else {
+    // In two factors, because 2^n itself may be subnormal or too large.
+    constexpr C round = ExpTable<C>::round;
+    const vec<C> shifted = n * C(0.5) + round, half = shifted - round;
+    return v * exp2_shifted<C>(shifted) * exp2_shifted<C>(n - half + round);
+  }
 }
 
 template <class C>
 FASTGRU_INLINE vec<C> exp(vec<C> x) {
   using E = ExpTable<C>;
   const ExpParts<C> e = exp_parts<C>(clamp<C>(x, E::lowest, E::highest));
-  return scale(e.m + C(1), e.n);
+  return scale<C>(e.m + C(1), e.n);
 }
 
 template <class C>
@@ -113,7 +99,7 @@ template <class C>
 FASTGRU_INLINE vec<C> sigmoid(vec<C> x) {
   using E = ExpTable<C>;
   const ExpParts<C> e = exp_parts<C>(clamp<C>(-x, -E::saturated, -E::lowest));
-  const vec<C> s = scale(splat<C>(C(1)), -e.n);
+  const vec<C> s = scale<C>(splat<C>(C(1)), -e.n);
   return s / (s + (e.m + C(1)));
 }
 

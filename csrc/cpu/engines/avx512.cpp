@@ -1,7 +1,9 @@
 // The engine for AVX-512 (F, BW, DQ, VL).
-#include "attention_kernels.h"
-#include "gru_kernels.h"
-#include "team.h"
+#include "../gru/types.h"
+#include "../kernel_table.h"
+#include "../kernels/attention_kernels.h"
+#include "../platform.h"
+#include "../threads/phases.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,8 +17,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 #define FASTGRU_ISA avx512
-#define FASTGRU_VECTOR_BYTES 64
-#include "engine.inc"
+#define FASTGRU_SIMD "../simd/avx512.inl.h"
+#include "engine.inl.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
