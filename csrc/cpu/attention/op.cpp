@@ -1,12 +1,12 @@
 // The tensor layer of attention on the CPU: from torch tensors to the structs of the engine and back.
-#include "attention_op.h"
+#include "op.h"
 
 #include <cmath>
 #include <string>
 
-#include "isa.h"
-#include "kernels/attention_kernels.h"
-#include "tensor.h"
+#include "../isa.h"
+#include "../tensor.h"
+#include "types.h"
 
 namespace fastgru {
 namespace {

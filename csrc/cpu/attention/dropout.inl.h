@@ -1,0 +1,30 @@
+// Dropout of attention. Included after simd/reduce.inl.h.
+
+// The hash of dropout, as reference_attention.py computes it: a 64-bit key per row, mixed with the column.
+struct RowKey {
+  uint32_t low, high;
+
+  RowKey(int64_t seed, int64_t row) {
+    uint64_t x = uint64_t(row) * 0x9E3779B97F4A7C15u + uint64_t(seed);
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    x ^= x >> 31;
+    low = uint32_t(x), high = uint32_t(x >> 32);
+  }
+};
+
+template <class B>
+FASTGRU_INLINE B mix(B x) {
+  x = (x ^ (x >> 16)) * 0x85EBCA6Bu;
+  x = (x ^ (x >> 13)) * 0xC2B2AE35u;
+  return x ^ (x >> 16);
+}
+
+// All bits set in the lanes that are kept, for columns j ... j + W.
+template <class C>
+FASTGRU_INLINE typename Simd<C>::ivec kept(RowKey key, int64_t j, uint32_t drop_below) {
+  typedef typename Narrow<C>::bits B;
+  const B column = __builtin_convertvector(lane_index<C>(), B) + uint32_t(j);
+  const B bits = mix<B>(mix<B>(column * 0x9E3779B9u + key.low) ^ key.high);
+  return __builtin_convertvector((typename Narrow<C>::ints)(bits >= drop_below), typename Simd<C>::ivec);
+}

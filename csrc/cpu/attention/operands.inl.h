@@ -1,0 +1,139 @@
+// Operands of products. Included after attention/scores.inl.h.
+
+// NaN and infinity.
+template <class C>
+FASTGRU_INLINE bool odd(C x) {
+  return !(x - x == C(0));
+}
+
+template <class S, int kQueries, int kTileKeys>
+struct Operands : Scores<S, kQueries, kTileKeys> {
+  using Base = Scores<S, kQueries, kTileKeys>;
+  using Base::kKeys;
+  using Base::s;
+  using Base::W;
+  using typename Base::C;
+  using E = operand_t<S>;
+
+  explicit FASTGRU_METHOD Operands(const AttentionShape& shape) : Base(shape) {
+    this->set_tile_rows(ceil_div(s.Lq, imax(1, ceil_div(s.Lq, kQueries))));
+  }
+
+  static int64_t padded(int64_t columns) { return ceil_div(columns, W) * W; }
+
+  // Rows [j0, j0 + n) of a head as the columns of a right operand of depth `columns`.
+  void pack_across(const Heads& from, int64_t b, int64_t h, int64_t j0, int64_t n, int64_t columns, E* to) const {
+    const Right<E> right = across(to, n, columns);
+    for (int64_t v = 0; v < right.vectors; ++v)
+      pack_transposed(from.row<const S>(b, h, j0 + v * W), from.stride_l, int(imin(W, n - v * W)), columns,
+                      right.group(v / kAcross) + v % kAcross * W * kPair<E>, right.width(v / kAcross) * W * kPair<E>);
+  }
+  static Right<E> across(const E* data, int64_t n, int64_t columns) {
+    return {data, padded_depth<E>(columns), ceil_div(n, W)};
+  }
+
+  // Whether the rows of a head are a right operand as they lie, but for NaN and infinity.
+  static bool lies_along(const Heads& from, int64_t columns) {
+    return same<S, E> && kPair<E> == 1 && columns % W == 0 && from.stride_l == columns;
+  }
+
+  // Rows [j0, j0 + n) of a head as the rows of a right operand, NaN and infinity as zero. Returns whether there were
+  // any. If not, rows that lie as they should are left there.
+  bool pack_along(const Heads& from, int64_t b, int64_t h, int64_t j0, int64_t n, int64_t columns, S* clean,
+                  E* to) const {
+    bool dirty = false;
+    for (int64_t l = 0; l < n; ++l) {
+      const S* row = from.row<const S>(b, h, j0 + l);
+      vec<C> difference = {};
+      for (int64_t d = 0; d < columns; d += W) {
+        const vec<C> x = load_upto(row + d, int(imin(W, columns - d)));
+        difference += x - x;
+      }
+      dirty |= odd(sum_lanes<C>(difference));
+    }
+    if (!dirty && lies_along(from, columns)) return false;
+    if (dirty)
+      for (int64_t l = 0; l < n; ++l)
+        for (int64_t d = 0; d < columns; d += W) {
+          const int left = int(imin(W, columns - d));
+          const vec<C> x = load_upto(from.row<const S>(b, h, j0 + l) + d, left);
+          store_upto(clean + l * columns + d, x - x == C(0) ? x : vec<C>{}, left);
+        }
+    const Right<E> right = {to, padded_depth<E>(n), ceil_div(columns, W)};
+    for (int64_t g = 0; g < right.groups(); ++g)
+      pack_rows<E>(
+          [&](int64_t l) { return (dirty ? clean + l * columns : from.row<const S>(b, h, j0 + l)) + g * kAcross * W; },
+          n, columns - g * kAcross * W, right.width(g), right.group(g));
+    return dirty;
+  }
+  // The operand, given what pack_along() said of it.
+  static Right<E> along(const Heads& from, int64_t b, int64_t h, int64_t j0, const E* packed, bool dirty, int64_t n,
+                        int64_t columns) {
+    const int64_t vectors = ceil_div(columns, W);
+    if (!dirty && lies_along(from, columns)) return {from.row<const E>(b, h, j0), n, vectors, from.stride_l};
+    return {packed, padded_depth<E>(n), vectors};
+  }
+
+  static Left<E> by_rows(const E* data, int64_t ld) { return {data, ld, kPair<E>}; }
+
+  // Whether a product takes strips of rows of so many columns where they lie. Else, and where a strip is not whole, it
+  // takes copies.
+  static constexpr bool in_place(int64_t columns) { return same<S, E> && columns % kPair<E> == 0; }
+
+  // Copies of the rows of a query tile that are not taken where they lie, zero up to whole strips.
+  void copy_rows(const Heads& from, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t columns, E* to) const {
+    const int64_t depth = padded_depth<E>(columns), whole = rows / kStrip * kStrip;
+    for (int64_t i = in_place(columns) ? whole : 0; i < rows; ++i)
+      copy_operand(from.row<const S>(b, h, i0 + i), columns, to + i * depth, depth);
+    const int64_t missing = ceil_div(rows, kStrip) * kStrip - rows;
+    __builtin_memset(to + rows * depth, 0, size_t(missing * depth) * sizeof(E));
+  }
+  // Rows [r0, r0 + count) of it as a left operand.
+  static Left<E> strip_of(const Heads& from, const E* copies, int64_t b, int64_t h, int64_t i0, int64_t r0,
+                          int64_t count, int64_t columns) {
+    if (in_place(columns) && count == kStrip && from.data)
+      return by_rows(from.row<const E>(b, h, i0 + r0), from.stride_l);
+    const int64_t depth = padded_depth<E>(columns);
+    return by_rows(copies + r0 * depth, depth);
+  }
+
+  // q . k of W keys, in lanes; keys beyond the last one repeat it. Scores of few queries, in either pass: the backward
+  // pass subtracts lse from them, which is as exact as they are the same bits.
+  vec<C> dot_products(const Heads& k, int64_t b, int64_t hk, int64_t j, int64_t last, const C* q) const {
+    const S* row[W];
+    vec<C> sums[W];
+    const S* const first = k.row<const S>(b, hk, j);
+    const int64_t ld = k.stride_l;
+    if (j + W - 1 <= last) {
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) row[l] = first + l * ld;
+    } else {
+      for (int l = 0; l < W; ++l) row[l] = first + imin(l, last - j) * ld;
+    }
+#pragma GCC unroll 16
+    for (int l = 0; l < W; ++l) sums[l] = vec<C>{};
+    int64_t d = 0;
+    for (; d + W <= s.D; d += W) {
+      const vec<C> qd = load(q + d);
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) sums[l] = fma(qd, load(row[l] + d), sums[l]);
+    }
+    if (d < s.D)
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) sums[l] = fma(load(q + d), load_n(row[l] + d, int(s.D - d)), sums[l]);
+    sum_neighbours<C>(sums);
+    return sums[0];
+  }
+
+  // Products of a strip with the keys of a tile, [kStrip][kKeys], at least those in `part`.
+  static void strip_scores(const Left<E>& rows, const E* packed, int64_t keys, int64_t columns, const Span& part,
+                           C* out) {
+    const Right<E> right = across(packed, keys, columns);
+    multiply<Into::kStore>(kStrip, rows, right, part.begin / (kAcross * W), ceil_div(part.end, kAcross * W), 0,
+                           right.depth, out, kKeys);
+  }
+
+  static void write_row(const C* from, int64_t columns, C factor, S* to) {
+    for (int64_t d = 0; d < columns; d += W) store_upto(to + d, load(from + d) * factor, int(imin(W, columns - d)));
+  }
+};
