@@ -17,16 +17,16 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
   struct PerWorker {
     E *q, *d_out;                // [kBackwardQueries][padded D], [kBackwardQueries][padded Dv]
     E *packed_q, *packed_d_out;  // the same by rows
-    C *delta, *top, *inverse;    // [kBackwardQueries]; the reference of the exponents, 1 / the sum of powers
+    C *delta, *m, *inverse_l;    // [kBackwardQueries]; the shift of the exponents, 1 / the sum of powers
     C* few_q;                    // [padded D], few queries only
     C* weights;                  // [kKeys], with dropout only: p of a row
     // drop(p), ds or dx, and the derivative of softcap: [kBackwardQueries][kKeys], one strip of it where E is not C.
-    C *p, *ds, *slope;
+    C *p, *ds, *d_softcap;
     E* dx;                  // [kStrip][kKeys], as an operand; null where E is C
     E *p_pairs, *dx_pairs;  // [kBackwardQueries / 2][kKeys][2]: the same of all strips, transposed; null where E is C
     C* dq;                  // [kBackwardQueries][padded D]
     C *dk, *dv;             // [Lk and a strip][padded D], [Lk and a strip][padded Dv]
-    S* clean;               // [max(kKeys, kBackwardQueries)][max(D, Dv)]
+    S* finite;              // [max(kKeys, kBackwardQueries)][max(D, Dv)]
     bool* begun;            // [key_tiles]: dk and dv hold something
   };
 
@@ -37,7 +37,7 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
   // gradient needs all of them.
   int64_t heads;
   E *packed_keys, *packed_values, *packed_rows;
-  bool* dirty_rows;
+  bool* keys_nonfinite;
   C* d_bias;
   int64_t bias_elements;
   PerWorker per_worker[kMaxWorkers];
@@ -55,7 +55,7 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
     packed_keys = take<E>(scratch, few ? 0 : slots * key_slot);
     packed_values = take<E>(scratch, slots * value_slot);
     packed_rows = take<E>(scratch, slots * row_slot);
-    dirty_rows = take<bool>(scratch, slots);
+    keys_nonfinite = take<bool>(scratch, slots);
     for (const int64_t size : f.d_bias_shape) bias_elements *= size;
     if (f.d_bias) d_bias = same<S, C> ? static_cast<C*>(f.d_bias) : take<C>(scratch, bias_elements);
     for (int w = 0; w < workers; ++w) {
@@ -65,14 +65,14 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
       own.packed_q = take<E>(scratch, panels_size<E>(kBackwardQueries, s.D));
       own.packed_d_out = take<E>(scratch, panels_size<E>(kBackwardQueries, s.Dv));
       own.delta = take<C>(scratch, kBackwardQueries);
-      own.top = take<C>(scratch, kBackwardQueries);
-      own.inverse = take<C>(scratch, kBackwardQueries);
+      own.m = take<C>(scratch, kBackwardQueries);
+      own.inverse_l = take<C>(scratch, kBackwardQueries);
       own.weights = s.seed ? take<C>(scratch, kKeys) : nullptr;
       own.few_q = few ? take<C>(scratch, Base::padded(s.D)) : nullptr;
       const int64_t rows = same<E, C> ? kBackwardQueries : kStrip;
       own.p = take<C>(scratch, rows * kKeys);
       own.ds = take<C>(scratch, rows * kKeys);
-      own.slope = this->softcap > 0 ? take<C>(scratch, kStrip * kKeys) : nullptr;
+      own.d_softcap = this->softcap > 0 ? take<C>(scratch, kStrip * kKeys) : nullptr;
       own.dx = same<E, C> ? nullptr : take<E>(scratch, kStrip * kKeys);
       own.p_pairs = same<E, C> ? nullptr : take<E>(scratch, kBackwardQueries * kKeys);
       own.dx_pairs = same<E, C> ? nullptr : take<E>(scratch, kBackwardQueries * kKeys);
@@ -80,7 +80,7 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
       own.dk = take<C>(scratch, (s.Lk + kStrip) * Base::padded(s.D));
       own.dv = take<C>(scratch, (s.Lk + kStrip) * Base::padded(s.Dv));
       own.begun = take<bool>(scratch, key_tiles);
-      own.clean = take<S>(scratch, imax(kKeys, kBackwardQueries) * imax(s.D, s.Dv));
+      own.finite = take<S>(scratch, imax(kKeys, kBackwardQueries) * imax(s.D, s.Dv));
     }
   }
 
@@ -97,9 +97,9 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
   void pack(const PerWorker& own, int64_t b, int64_t h, int64_t tile) const {
     if (tile * kKeys >= this->keys(b)) return;
     const int64_t j0 = tile * kKeys, n = this->tile_keys(tile), at = slot(own, b, h, tile);
-    if (!few) this->pack_across(s.k, b, h, j0, n, s.D, packed_keys + at * key_slot);
-    this->pack_across(s.v, b, h, j0, n, s.Dv, packed_values + at * value_slot);
-    dirty_rows[at] = this->pack_along(s.k, b, h, j0, n, s.D, own.clean, packed_rows + at * row_slot);
+    if (!few) this->pack_as_columns(s.k, b, h, j0, n, s.D, packed_keys + at * key_slot);
+    this->pack_as_columns(s.v, b, h, j0, n, s.Dv, packed_values + at * value_slot);
+    keys_nonfinite[at] = this->pack_as_rows(s.k, b, h, j0, n, s.D, own.finite, packed_rows + at * row_slot);
   }
 
   // Operands and statistics of a query tile.
@@ -112,14 +112,14 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
     const C* statistics = static_cast<const C*>(f.statistics);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = (b * s.Hq + h) * s.Lq + i0 + i;
-      const C total = statistics[s.B * s.Hq * s.Lq + at];
-      own.top[i] = statistics[at];
-      own.inverse[i] = total == C(0) ? C(0) : C(1) / total;  // 0: a row that saw nothing
+      const C l = statistics[s.B * s.Hq * s.Lq + at];
+      own.m[i] = statistics[at];
+      own.inverse_l[i] = l == C(0) ? C(0) : C(1) / l;  // 0: a row that saw nothing
       // do . o; a row that sees one tile has it from there.
       C delta = C(0);
       if (f.d_out.data && !sees_one_tile(this->range(b, i0 + i)))
         // A sum of 1 may be that of a row that sees one key, whose o is its v.
-        delta = total == C(1) ? product_with_output(own, b, h, i0, i) : dot_output(b, h, i0 + i);
+        delta = l == C(1) ? product_with_output(own, b, h, i0, i) : dot_output(b, h, i0 + i);
       own.delta[i] = delta - (f.d_lse ? static_cast<const C*>(f.d_lse)[at] : C(0));
     }
   }
@@ -141,7 +141,7 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
     const int64_t r0 = i / kStrip * kStrip;
     const Left<E> strip = Base::strip_of(f.d_out, own.d_out, b, h, i0, r0, imin(kStrip, s.Lq - i0 - r0), s.Dv);
     C products[kStrip * kKeys];
-    this->pack_across(f.out, b, h, i0 + i, 1, s.Dv, own.packed_d_out);
+    this->pack_as_columns(f.out, b, h, i0 + i, 1, s.Dv, own.packed_d_out);
     Base::strip_scores({strip.data + (i - r0) * strip.row, 0, strip.step}, own.packed_d_out, 1, s.Dv, {0, 1}, products);
     return products[0];
   }
@@ -166,15 +166,15 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
     const vec<C> factor = splat<C>(this->factor);
     for (int64_t i = 0; i < count; ++i) {
       C *p = strip_p + i * kKeys, *ds = strip_ds + i * kKeys;
-      this->prepare(b, h, i0 + r0 + i, j0 + begin, part.end - begin, p + begin,
-                    own.slope ? own.slope + i * kKeys + begin : nullptr);
+      this->finish_scores(b, h, i0 + r0 + i, j0 + begin, part.end - begin, p + begin,
+                          own.d_softcap ? own.d_softcap + i * kKeys + begin : nullptr);
       const RowKey key = s.seed ? this->row_key(b, h, i0 + r0 + i) : RowKey(0, 0);
-      const vec<C> top = splat<C>(own.top[r0 + i]), inverse = splat<C>(own.inverse[r0 + i]);
+      const vec<C> m = splat<C>(own.m[r0 + i]), inverse_l = splat<C>(own.inverse_l[r0 + i]);
       C* const weights = s.seed ? own.weights : p;
       const auto weight_at = [&](int64_t v) {
-        const vec<C> weight = Power<S>::of((load(p + v) - top) * factor) * inverse;
+        const vec<C> weight = Exponential<S>::of((load(p + v) - m) * factor) * inverse_l;
         if (s.seed) {
-          const auto keep = kept<C>(key, j0 + v, s.drop_below);
+          const auto keep = keep_mask<C>(key, j0 + v, s.drop_below);
           store(weights + v, weight);
           store(ds + v, keep ? load(ds + v) * this->keep_scale : vec<C>{});
           store(p + v, keep ? weight * this->keep_scale : vec<C>{});
@@ -200,7 +200,7 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
         const vec<C> weight = weight_at(v);
         sum = fma(weight, load(ds + v), sum);
       }
-      if (!odd(delta + sum_lanes<C>(sum))) {
+      if (!nonfinite(delta + sum_lanes<C>(sum))) {
         delta += sum_lanes<C>(sum);
         for (int64_t v = begin; v < part.end; v += W)
           store(ds + v, load(weights + v) * (load(ds + v) - splat<C>(delta)));
@@ -232,11 +232,11 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
         bool begun[kBackwardQueries / kStrip] = {};  // strips of dq that hold something
         if (!tiles.empty()) {
           load_queries(own, b, h, i0, rows);
-          const bool dirty_q = this->pack_along(s.q, b, h, i0, rows, s.D, own.clean, own.packed_q);
-          const bool dirty =
-              f.d_out.data && this->pack_along(f.d_out, b, h, i0, rows, s.Dv, own.clean, own.packed_d_out);
+          const bool q_nonfinite = this->pack_as_rows(s.q, b, h, i0, rows, s.D, own.finite, own.packed_q);
+          const bool d_out_nonfinite =
+              f.d_out.data && this->pack_as_rows(f.d_out, b, h, i0, rows, s.Dv, own.finite, own.packed_d_out);
           for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
-            add_tile(own, b, h, i0, rows, tile, this->within(seen, tile), dirty_q, dirty, begun);
+            add_tile(own, b, h, i0, rows, tile, this->within(seen, tile), q_nonfinite, d_out_nonfinite, begun);
         }
         for (int64_t r0 = 0; r0 < rows; r0 += kStrip)
           if (!begun[r0 / kStrip]) __builtin_memset(own.dq + r0 * ld_k, 0, size_t(kStrip * ld_k) * sizeof(C));
@@ -272,7 +272,7 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
 
   // What a query tile and the keys `seen` of a tile add to dq, dk and dv; begun: strips of dq that hold something.
   void add_tile(const PerWorker& own, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t tile, const Span& seen,
-                bool dirty_q, bool dirty, bool* begun) const {
+                bool q_nonfinite, bool d_out_nonfinite, bool* begun) const {
     const int64_t j0 = tile * kKeys, n = this->tile_keys(tile), at = slot(own, b, h / group, tile);
     const int64_t ld_k = Base::padded(s.D), ld_v = Base::padded(s.Dv);
     // All rows are zero in whole strips of keys, and in whole vectors, beyond what they see.
@@ -282,10 +282,11 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
     const auto clear = [&](C* row, int64_t from, int64_t to) {
       for (int64_t v = from; v < to; v += W) store(row + v, vec<C>{});
     };
-    const Right<E> along_keys = Base::along(s.k, b, h / group, j0, packed_rows + at * row_slot, dirty_rows[at], n, s.D);
+    const Right<E> key_rows =
+        Base::as_rows(s.k, b, h / group, j0, packed_rows + at * row_slot, keys_nonfinite[at], n, s.D);
     // Sums begin with the first product there is, where it reaches all keys of the tile: dv and odd gradients are
     // added.
-    const bool begins = !own.begun[tile] && first == 0 && seen.end == n && f.d_out.data && !dirty;
+    const bool begins = !own.begun[tile] && first == 0 && seen.end == n && f.d_out.data && !d_out_nonfinite;
     if (!own.begun[tile] && !begins) clear_keys(own, tile);
     own.begun[tile] = true;
     for (int64_t r0 = 0; r0 < rows; r0 += kStrip) {
@@ -299,11 +300,11 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
         clear(p + i * kKeys, first, until), clear(ds + i * kKeys, first, until);
         clear(p + i * kKeys, from, last), clear(ds + i * kKeys, from, last);
       }
-      if (own.slope)
+      if (own.d_softcap)
         for (int64_t i = 0; i < count; ++i)
           for (int64_t v = i * kKeys + begin; v < i * kKeys + end; v += W) {
             const vec<C> d = load(ds + v);
-            store(ds + v, d == C(0) ? vec<C>{} : d * load(own.slope + v));
+            store(ds + v, d == C(0) ? vec<C>{} : d * load(own.d_softcap + v));
           }
       if constexpr (!same<E, C>)
         for (int64_t i = 0; i < kStrip; i += 2) {
@@ -319,32 +320,32 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
       else
         dx = own.dx;
       if (!part.empty())
-        multiply(begun[r0 / kStrip] ? Into::kAdd : Into::kStore, kStrip, Base::by_rows(dx, kKeys), along_keys, begin,
-                 imin(along_keys.depth, ceil_div(end, kPair<E>) * kPair<E>), own.dq + r0 * ld_k, ld_k);
+        multiply(begun[r0 / kStrip] ? Into::kAdd : Into::kStore, kStrip, Base::by_rows(dx, kKeys), key_rows, begin,
+                 imin(key_rows.depth, ceil_div(end, kPair<E>) * kPair<E>), own.dq + r0 * ld_k, ld_k);
       begun[r0 / kStrip] |= !part.empty();
-      if (dirty) add_odd_gradients(own, b, h, i0 + r0, count, p, j0, {begin, end});
+      if (d_out_nonfinite) add_nonfinite_gradients(own, b, h, i0 + r0, count, p, j0, {begin, end});
     }
-    const Right<E> along_q = Base::along(s.q, b, h, i0, own.packed_q, dirty_q, rows, s.D);
-    const Right<E> along_d = Base::along(f.d_out, b, h, i0, own.packed_d_out, dirty, rows, s.Dv);
+    const Right<E> q_rows = Base::as_rows(s.q, b, h, i0, own.packed_q, q_nonfinite, rows, s.D);
+    const Right<E> d_out_rows = Base::as_rows(f.d_out, b, h, i0, own.packed_d_out, d_out_nonfinite, rows, s.Dv);
     Left<E> dx, p;
     if constexpr (same<E, C>)
       dx = {own.ds + first, 1, kKeys}, p = {own.p + first, 1, kKeys};
     else
       dx = {own.dx_pairs + 2 * first, 2, 2 * kKeys}, p = {own.p_pairs + 2 * first, 2, 2 * kKeys};
     const Into into = begins ? Into::kStore : Into::kAdd;
-    multiply(into, seen.end - first, dx, along_q, 0, along_q.depth, own.dk + (j0 + first) * ld_k, ld_k);
+    multiply(into, seen.end - first, dx, q_rows, 0, q_rows.depth, own.dk + (j0 + first) * ld_k, ld_k);
     if (f.d_out.data)
-      multiply(into, seen.end - first, p, along_d, 0, along_d.depth, own.dv + (j0 + first) * ld_v, ld_v);
+      multiply(into, seen.end - first, p, d_out_rows, 0, d_out_rows.depth, own.dv + (j0 + first) * ld_v, ld_v);
   }
 
   // NaN and infinity among the gradients, for the keys that their queries see.
-  void add_odd_gradients(const PerWorker& own, int64_t b, int64_t h, int64_t i0, int64_t count, const C* p, int64_t j0,
-                         const Span& part) const {
+  void add_nonfinite_gradients(const PerWorker& own, int64_t b, int64_t h, int64_t i0, int64_t count, const C* p,
+                               int64_t j0, const Span& part) const {
     const int64_t ld = Base::padded(s.Dv);
     for (int64_t i = 0; i < count; ++i)
       for (int64_t d = 0; d < s.Dv; ++d) {
         const C x = load_one(f.d_out.row<const S>(b, h, i0 + i) + d);
-        if (!odd(x)) continue;
+        if (!nonfinite(x)) continue;
         for (int64_t j = part.begin; j < part.end; ++j)
           if (p[i * kKeys + j] != C(0)) own.dv[(j0 + j) * ld + d] += p[i * kKeys + j] * x;
       }

@@ -22,9 +22,9 @@ FASTGRU_INLINE B mix(B x) {
 
 // All bits set in the lanes that are kept, for columns j ... j + W.
 template <class C>
-FASTGRU_INLINE typename Simd<C>::ivec kept(RowKey key, int64_t j, uint32_t drop_below) {
-  typedef typename Narrow<C>::bits B;
+FASTGRU_INLINE typename Simd<C>::ivec keep_mask(RowKey key, int64_t j, uint32_t drop_below) {
+  typedef typename PerLane<C>::bits B;
   const B column = __builtin_convertvector(lane_index<C>(), B) + uint32_t(j);
   const B bits = mix<B>(mix<B>(column * 0x9E3779B9u + key.low) ^ key.high);
-  return __builtin_convertvector((typename Narrow<C>::ints)(bits >= drop_below), typename Simd<C>::ivec);
+  return __builtin_convertvector((typename PerLane<C>::ints)(bits >= drop_below), typename Simd<C>::ivec);
 }

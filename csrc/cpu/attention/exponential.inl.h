@@ -4,13 +4,13 @@
 // type can tell; e^y for double. 0 for -infinity, NaN for NaN. (What becomes of a power below the normal numbers is
 // left to the processor.)
 template <class S>
-struct Power {
+struct Exponential {
   using C = compute_t<S>;
-  static constexpr bool two = sizeof(C) == 4;
-  static constexpr C per_e = two ? C(1.4426950408889634) : C(1);  // e^x is the power of per_e x
+  static constexpr bool base_two = sizeof(C) == 4;
+  static constexpr C log_e = base_two ? C(1.4426950408889634) : C(1);  // e^x is the power of log_e x
 
   static FASTGRU_METHOD vec<C> of(vec<C> y) {
-    if constexpr (!two) {
+    if constexpr (!base_two) {
       return exp<C>(y);
     } else {
       // 2^r = 1 + r Q(r) for 0 <= r < 1: minimax, relative error 2e-9, and 3e-6 where the result is rounded to 16 bits.

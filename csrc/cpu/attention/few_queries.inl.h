@@ -26,15 +26,15 @@ inline void AttentionForwardPass<S>::few_queries(const PerWorker& own, int64_t b
   const int64_t key_head = h / group;
   for (int64_t i = 0; i < s.Lq; ++i) {
     const Span r = this->range(b, i);
-    C total = C(0), top = C(0);
+    C l = C(0), m = C(0);
     const int64_t n = r.end - r.begin;
     copy_operand(s.q.template row<const S>(b, h, i), s.D, own.few_q, Base::padded(s.D));
     for (int64_t j = 0; j < n; j += W) {
       store(own.x + j, this->dot_products(s.k, b, key_head, r.begin + j, r.end - 1, own.few_q));
     }
     if (n > 0) {
-      top = reference(this->prepare(b, h, i, r.begin, n, own.x, nullptr));
-      total = sum_lanes<C>(weights(b, h, i, r.begin, n, own.x, top, own.x));
+      m = shift(this->finish_scores(b, h, i, r.begin, n, own.x, nullptr));
+      l = sum_lanes<C>(weights(b, h, i, r.begin, n, own.x, m, own.x));
     }
     const S* values = s.v.template row<const S>(b, key_head, r.begin);
     for (int64_t d = 0; d < s.Dv;) {
@@ -42,6 +42,6 @@ inline void AttentionForwardPass<S>::few_queries(const PerWorker& own, int64_t b
       (wide ? weighted_sum<4> : weighted_sum<1>)(own.x, n, values + d, s.v.stride_l, s.Dv - d, own.out + d);
       d += wide ? 4 * W : W;
     }
-    finish_row(b, h, i, own.out, top, total);
+    finish_row(b, h, i, own.out, m, l);
   }
 }

@@ -11,41 +11,41 @@ static int worth_threads(const Parallel& parallel, double flops, double bytes) {
 template <class S>
 struct AttentionForwardPass : OnlineSoftmax<S> {
   using Base = OnlineSoftmax<S>;
-  using Base::add_weights;
-  using Base::direct;
   using Base::f;
   using Base::few;
   using Base::finish_row;
+  using Base::fused_exp;
+  using Base::fused_weights;
   using Base::group;
   using Base::key_tiles;
   using Base::kKeys;
   using Base::query_tiles;
-  using Base::reference;
   using Base::s;
   using Base::sees_one;
-  using Base::set_references;
+  using Base::shift;
   using Base::slack;
   using Base::tile_rows;
+  using Base::update_maxima;
   using Base::W;
   using Base::weights;
   using typename Base::C;
   using typename Base::E;
-  using typename Base::Rows;
+  using typename Base::SoftmaxState;
 
   struct PerWorker {
-    E* q;      // [kForwardQueries][padded D]
-    C* x;      // [kStrip][kKeys] scores; few queries: [padded Lk]
-    E* p;      // [kStrip][kKeys] weights, before division by their sum
-    C* out;    // [kForwardQueries][padded Dv]; few queries: [padded Dv]
-    S* clean;  // [kKeys][Dv]
-    C* few_q;  // [padded D], few queries only
+    E* q;       // [kForwardQueries][padded D]
+    C* x;       // [kStrip][kKeys] scores; few queries: [padded Lk]
+    E* p;       // [kStrip][kKeys] weights, before division by their sum
+    C* out;     // [kForwardQueries][padded Dv]; few queries: [padded Dv]
+    S* finite;  // [kKeys][Dv]
+    C* few_q;   // [padded D], few queries only
   };
 
   int workers;
   int64_t round;  // key heads that are packed at a time, then computed with
   int64_t key_slot, value_slot;
   E *packed_keys, *packed_values;  // [round][key_tiles][slot]
-  bool* dirty;                     // [round][key_tiles]
+  bool* values_nonfinite;          // [round][key_tiles]
   PerWorker per_worker[kMaxWorkers];
 
   AttentionForwardPass(const AttentionForward& forward, const Parallel& parallel, const Scratch& scratch)
@@ -61,9 +61,9 @@ struct AttentionForwardPass : OnlineSoftmax<S> {
     round = imin(s.B * s.Hk, imax(kRoundBytes / imax(1, head_bytes),
                                   ceil_div(kRoundItems * workers, imax(1, group * query_tiles))));
     const int64_t slots = few ? 0 : round * key_tiles;
-    packed_keys = take<E>(scratch, slots * key_slot + W * kPair<E>);  // add_weights() may read a vector too far
+    packed_keys = take<E>(scratch, slots * key_slot + W * kPair<E>);  // fused_weights() may read a vector too far
     packed_values = take<E>(scratch, slots * value_slot);
-    dirty = take<bool>(scratch, slots);
+    values_nonfinite = take<bool>(scratch, slots);
     for (int w = 0; w < workers; ++w) {
       PerWorker& own = per_worker[w];
       own.x = take<C>(scratch, few ? Base::padded(s.Lk) : kStrip * kKeys);
@@ -74,7 +74,7 @@ struct AttentionForwardPass : OnlineSoftmax<S> {
       }
       own.q = take<E>(scratch, kForwardQueries * padded_depth<E>(s.D));
       own.p = take<E>(scratch, kStrip * kKeys);
-      own.clean = take<S>(scratch, kKeys * s.Dv);
+      own.finite = take<S>(scratch, kKeys * s.Dv);
     }
   }
 
@@ -82,19 +82,20 @@ struct AttentionForwardPass : OnlineSoftmax<S> {
     const int64_t h = head % s.Hk, b = head / s.Hk;
     if (tile * kKeys >= this->keys(b)) return;
     const int64_t n = this->tile_keys(tile);
-    this->pack_across(s.k, b, h, tile * kKeys, n, s.D, packed_keys + slot * key_slot);
-    dirty[slot] = this->pack_along(s.v, b, h, tile * kKeys, n, s.Dv, own.clean, packed_values + slot * value_slot);
+    this->pack_as_columns(s.k, b, h, tile * kKeys, n, s.D, packed_keys + slot * key_slot);
+    values_nonfinite[slot] =
+        this->pack_as_rows(s.v, b, h, tile * kKeys, n, s.Dv, own.finite, packed_values + slot * value_slot);
   }
 
   // One query tile of head `head` of all, whose packed keys begin at `slots`.
   void query_tile(const PerWorker& own, int64_t head, int64_t query_tile, int64_t slots) const {
     const int64_t i0 = query_tile * tile_rows, h = head % s.Hq, b = head / s.Hq;
     const int64_t rows = imin(tile_rows, s.Lq - i0), ld = Base::padded(s.Dv);
-    Rows state;
+    SoftmaxState state;
     for (int64_t i = 0; i < kForwardQueries + W; ++i)
       // No score of what fills up the last strip is of any interest.
-      state.top[i] = i < rows ? -C(__builtin_inf()) : C(0), state.limit[i] = i < rows ? slack : C(__builtin_inf());
-    for (int64_t i = 0; i < rows; ++i) state.total[i] = vec<C>{};
+      state.m[i] = i < rows ? -C(__builtin_inf()) : C(0), state.limit[i] = i < rows ? slack : C(__builtin_inf());
+    for (int64_t i = 0; i < rows; ++i) state.l[i] = vec<C>{};
     for (int64_t r0 = 0; r0 < rows; r0 += kStrip) state.begun[r0 / kStrip] = false;
     this->copy_rows(s.q, b, h, i0, rows, s.D, own.q);
     const Span tiles = this->tiles(this->range(b, i0, rows));
@@ -104,44 +105,45 @@ struct AttentionForwardPass : OnlineSoftmax<S> {
     for (int64_t r0 = 0; r0 < rows; r0 += kStrip)
       if (!state.begun[r0 / kStrip]) __builtin_memset(own.out + r0 * ld, 0, size_t(kStrip * ld) * sizeof(C));
     for (int64_t i = 0; i < rows; ++i) {
-      finish_row(b, h, i0 + i, own.out + i * ld, reference(state.top[i]), sum_lanes<C>(state.total[i]));
+      finish_row(b, h, i0 + i, own.out + i * ld, shift(state.m[i]), sum_lanes<C>(state.l[i]));
     }
   }
 
   // Rows [r0, r0 + count) of the query tile that begins at i0, and one tile of keys.
-  void strip(const PerWorker& own, Rows& state, int64_t b, int64_t h, int64_t i0, int64_t r0, int64_t count,
+  void strip(const PerWorker& own, SoftmaxState& state, int64_t b, int64_t h, int64_t i0, int64_t r0, int64_t count,
              int64_t tile, int64_t slot) const {
     const Span part = this->within(this->range(b, i0 + r0, count), tile);
     if (part.empty()) return;
     const int64_t j0 = tile * kKeys, n = this->tile_keys(tile);
     const int64_t ld = Base::padded(s.Dv), begin = part.begin / W * W;
     const Left<E> q = Base::strip_of(s.q, own.q, b, h, i0, r0, count, s.D);
-    const Right<E> values = Base::along(s.v, b, h / group, j0, packed_values + slot * value_slot, dirty[slot], n, s.Dv);
+    const Right<E> values =
+        Base::as_rows(s.v, b, h / group, j0, packed_values + slot * value_slot, values_nonfinite[slot], n, s.Dv);
     C* out = own.out + r0 * ld;
     C decay[kStrip + W];
     // Where the product below begins and ends, in whole chains and pairs.
     int64_t k0 = 0, k1 = values.depth;
     bool decays = false;
-    if (!(direct && sees_all(b, i0 + r0, count, j0, n) &&
-          add_weights(own.p, state, q, packed_keys + slot * key_slot, r0, n))) {
+    if (!(fused_exp && sees_all(b, i0 + r0, count, j0, n) &&
+          fused_weights(own.p, state, q, packed_keys + slot * key_slot, r0, n))) {
       Base::strip_scores(q, packed_keys + slot * key_slot, n, s.D, part, own.x);
       C highest[kStrip + W];
       for (int64_t i = 0; i < kStrip + W; ++i) highest[i] = -C(__builtin_inf());
       for (int64_t i = 0; i < count; ++i) {
         C* x = own.x + i * kKeys + begin;
-        highest[i] = this->prepare(b, h, i0 + r0 + i, j0 + begin, part.end - begin, x, nullptr);
-        if (state.top[r0 + i] == -C(__builtin_inf()) && sees_one(x, part.end - begin))
+        highest[i] = this->finish_scores(b, h, i0 + r0 + i, j0 + begin, part.end - begin, x, nullptr);
+        if (state.m[r0 + i] == -C(__builtin_inf()) && sees_one(x, part.end - begin))
           state.limit[r0 + i] = -C(__builtin_inf());
       }
-      set_references(state, r0, highest, decay);
+      update_maxima(state, r0, highest, decay);
       decays = true;
       k0 = part.begin / 64 * 64, k1 = ceil_div(part.end, kPair<E>) * kPair<E>;
       for (int64_t i = 0; i < count; ++i) {
         E* p = own.p + i * kKeys;
         for (int64_t k = k0; k < begin; k += W) store(p + k, vec<C>{});
         const vec<C> sum = weights(b, h, i0 + r0 + i, j0 + begin, part.end - begin, own.x + i * kKeys + begin,
-                                   reference(state.top[r0 + i]), p + begin);
-        state.total[r0 + i] = fma(state.total[r0 + i], splat<C>(decay[i]), sum);
+                                   shift(state.m[r0 + i]), p + begin);
+        state.l[r0 + i] = fma(state.l[r0 + i], splat<C>(decay[i]), sum);
       }
     }
     bool& begun = state.begun[r0 / kStrip];
@@ -150,7 +152,7 @@ struct AttentionForwardPass : OnlineSoftmax<S> {
                       : Into::kAdd,
              kStrip, Base::by_rows(own.p, kKeys), values, k0, k1, out, ld, decay);
     begun = true;
-    if (dirty[slot]) add_odd_values(own, b, h / group, j0, {begin, part.end}, count, out, ld);
+    if (values_nonfinite[slot]) add_nonfinite_values(own, b, h / group, j0, {begin, part.end}, count, out, ld);
   }
 
   // Whether all rows [i, i + count) see all keys [j0, j0 + n). (What a row sees begins and ends no earlier than what
@@ -161,12 +163,12 @@ struct AttentionForwardPass : OnlineSoftmax<S> {
   }
 
   // NaN and infinity among the values, for the queries that see them.
-  void add_odd_values(const PerWorker& own, int64_t b, int64_t hk, int64_t j0, const Span& part, int64_t count, C* out,
-                      int64_t ld) const {
+  void add_nonfinite_values(const PerWorker& own, int64_t b, int64_t hk, int64_t j0, const Span& part, int64_t count,
+                            C* out, int64_t ld) const {
     for (int64_t j = part.begin; j < part.end; ++j)
       for (int64_t d = 0; d < s.Dv; ++d) {
         const C x = load_one(s.v.template row<const S>(b, hk, j0 + j) + d);
-        if (!odd(x)) continue;
+        if (!nonfinite(x)) continue;
         for (int64_t i = 0; i < count; ++i) {
           const C p = load_one(own.p + i * kKeys + j);
           if (p != C(0)) out[i * ld + d] += p * x;

@@ -36,11 +36,11 @@ struct Problem {
   std::vector<Tensor> held;
   AttentionShape s{};
   DType dtype;
-  int32_t wide;  // the compute type
+  int32_t compute_dtype;
 
   Problem(FASTGRU_ATTENTION_PARAMETERS) : dtype(tensor_dtype(query)) {
     held.reserve(16);
-    wide = dtype == DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    compute_dtype = dtype == DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
     STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "fastgru: expected [B, H, L, D]");
     s.B = query.size(0), s.Hq = query.size(1), s.Lq = query.size(2), s.D = query.size(3);
     s.Hk = key.size(1), s.Lk = key.size(2), s.Dv = value.size(3);
@@ -54,7 +54,7 @@ struct Problem {
     if (k_lengths) s.k_lengths = lengths("k_lengths", *k_lengths, s.Lk);
     if (alibi_slopes) {
       const Tensor slopes = hold(*alibi_slopes);
-      STD_TORCH_CHECK(dtype_code(slopes) == wide && slopes.dim() == 2 && slopes.size(1) == s.Hq &&
+      STD_TORCH_CHECK(dtype_code(slopes) == compute_dtype && slopes.dim() == 2 && slopes.size(1) == s.Hq &&
                           (slopes.size(0) == 1 || slopes.size(0) == s.B),
                       "fastgru: alibi_slopes must be [B or 1, Hq] of the type computed in");
       s.slopes = slopes.const_data_ptr();
@@ -122,8 +122,9 @@ namespace {
 std::tuple<Tensor, Tensor> forward(FASTGRU_ATTENTION_PARAMETERS, Tensor* lse) {
   const Problem problem(FASTGRU_ATTENTION_ARGUMENTS);
   const AttentionShape& s = problem.s;
-  Tensor output = empty_like_layout(query, s.Dv), statistics = contiguous_tensor(problem.wide, {2, s.B, s.Hq, s.Lq});
-  if (lse) *lse = contiguous_tensor(problem.wide, {s.B, s.Hq, s.Lq});
+  Tensor output = empty_like_layout(query, s.Dv),
+         statistics = contiguous_tensor(problem.compute_dtype, {2, s.B, s.Hq, s.Lq});
+  if (lse) *lse = contiguous_tensor(problem.compute_dtype, {s.B, s.Hq, s.Lq});
   Arena arena;
   current_engine().attention_forward[int(problem.dtype)](
       {s, heads(output), lse ? lse->mutable_data_ptr() : nullptr, statistics.mutable_data_ptr()}, torch_threads(),
@@ -150,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const OptionalTensor& grad_output, 
   b.out = problem.take_heads(output);
   if (grad_output) b.d_out = problem.take_heads(*grad_output);
   for (const Tensor& t : {statistics, grad_lse ? *grad_lse : statistics})
-    STD_TORCH_CHECK(dtype_code(t) == problem.wide,
+    STD_TORCH_CHECK(dtype_code(t) == problem.compute_dtype,
                     "fastgru: statistics and the gradient of lse must have the type computed in");
   b.statistics = problem.hold(statistics).const_data_ptr();
   if (grad_lse) b.d_lse = problem.hold(*grad_lse).const_data_ptr();

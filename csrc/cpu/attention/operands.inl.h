@@ -2,7 +2,7 @@
 
 // NaN and infinity.
 template <class C>
-FASTGRU_INLINE bool odd(C x) {
+FASTGRU_INLINE bool nonfinite(C x) {
   return !(x - x == C(0));
 }
 
@@ -15,33 +15,31 @@ struct Operands : Scores<S, kQueries, kTileKeys> {
   using typename Base::C;
   using E = operand_t<S>;
 
-  explicit FASTGRU_METHOD Operands(const AttentionShape& shape) : Base(shape) {
-    this->set_tile_rows(ceil_div(s.Lq, imax(1, ceil_div(s.Lq, kQueries))));
-  }
+  explicit FASTGRU_METHOD Operands(const AttentionShape& shape) : Base(shape) {}
 
   static int64_t padded(int64_t columns) { return ceil_div(columns, W) * W; }
 
   // Rows [j0, j0 + n) of a head as the columns of a right operand of depth `columns`.
-  void pack_across(const Heads& from, int64_t b, int64_t h, int64_t j0, int64_t n, int64_t columns, E* to) const {
-    const Right<E> right = across(to, n, columns);
+  void pack_as_columns(const Heads& from, int64_t b, int64_t h, int64_t j0, int64_t n, int64_t columns, E* to) const {
+    const Right<E> right = as_columns(to, n, columns);
     for (int64_t v = 0; v < right.vectors; ++v)
       pack_transposed(from.row<const S>(b, h, j0 + v * W), from.stride_l, int(imin(W, n - v * W)), columns,
                       right.group(v / kAcross) + v % kAcross * W * kPair<E>, right.width(v / kAcross) * W * kPair<E>);
   }
-  static Right<E> across(const E* data, int64_t n, int64_t columns) {
+  static Right<E> as_columns(const E* data, int64_t n, int64_t columns) {
     return {data, padded_depth<E>(columns), ceil_div(n, W)};
   }
 
   // Whether the rows of a head are a right operand as they lie, but for NaN and infinity.
-  static bool lies_along(const Heads& from, int64_t columns) {
+  static bool is_row_operand(const Heads& from, int64_t columns) {
     return same<S, E> && kPair<E> == 1 && columns % W == 0 && from.stride_l == columns;
   }
 
   // Rows [j0, j0 + n) of a head as the rows of a right operand, NaN and infinity as zero. Returns whether there were
   // any. If not, rows that lie as they should are left there.
-  bool pack_along(const Heads& from, int64_t b, int64_t h, int64_t j0, int64_t n, int64_t columns, S* clean,
-                  E* to) const {
-    bool dirty = false;
+  bool pack_as_rows(const Heads& from, int64_t b, int64_t h, int64_t j0, int64_t n, int64_t columns, S* finite,
+                    E* to) const {
+    bool nonfinite_rows = false;
     for (int64_t l = 0; l < n; ++l) {
       const S* row = from.row<const S>(b, h, j0 + l);
       vec<C> difference = {};
@@ -49,28 +47,31 @@ struct Operands : Scores<S, kQueries, kTileKeys> {
         const vec<C> x = load_upto(row + d, int(imin(W, columns - d)));
         difference += x - x;
       }
-      dirty |= odd(sum_lanes<C>(difference));
+      nonfinite_rows |= nonfinite(sum_lanes<C>(difference));
     }
-    if (!dirty && lies_along(from, columns)) return false;
-    if (dirty)
+    if (!nonfinite_rows && is_row_operand(from, columns)) return false;
+    if (nonfinite_rows)
       for (int64_t l = 0; l < n; ++l)
         for (int64_t d = 0; d < columns; d += W) {
           const int left = int(imin(W, columns - d));
           const vec<C> x = load_upto(from.row<const S>(b, h, j0 + l) + d, left);
-          store_upto(clean + l * columns + d, x - x == C(0) ? x : vec<C>{}, left);
+          store_upto(finite + l * columns + d, x - x == C(0) ? x : vec<C>{}, left);
         }
     const Right<E> right = {to, padded_depth<E>(n), ceil_div(columns, W)};
     for (int64_t g = 0; g < right.groups(); ++g)
       pack_rows<E>(
-          [&](int64_t l) { return (dirty ? clean + l * columns : from.row<const S>(b, h, j0 + l)) + g * kAcross * W; },
+          [&](int64_t l) {
+            return (nonfinite_rows ? finite + l * columns : from.row<const S>(b, h, j0 + l)) + g * kAcross * W;
+          },
           n, columns - g * kAcross * W, right.width(g), right.group(g));
-    return dirty;
+    return nonfinite_rows;
   }
   // The operand, given what pack_along() said of it.
-  static Right<E> along(const Heads& from, int64_t b, int64_t h, int64_t j0, const E* packed, bool dirty, int64_t n,
-                        int64_t columns) {
+  static Right<E> as_rows(const Heads& from, int64_t b, int64_t h, int64_t j0, const E* packed, bool nonfinite_rows,
+                          int64_t n, int64_t columns) {
     const int64_t vectors = ceil_div(columns, W);
-    if (!dirty && lies_along(from, columns)) return {from.row<const E>(b, h, j0), n, vectors, from.stride_l};
+    if (!nonfinite_rows && is_row_operand(from, columns))
+      return {from.row<const E>(b, h, j0), n, vectors, from.stride_l};
     return {packed, padded_depth<E>(n), vectors};
   }
 
@@ -128,7 +129,7 @@ struct Operands : Scores<S, kQueries, kTileKeys> {
   // Products of a strip with the keys of a tile, [kStrip][kKeys], at least those in `part`.
   static void strip_scores(const Left<E>& rows, const E* packed, int64_t keys, int64_t columns, const Span& part,
                            C* out) {
-    const Right<E> right = across(packed, keys, columns);
+    const Right<E> right = as_columns(packed, keys, columns);
     multiply<Into::kStore>(kStrip, rows, right, part.begin / (kAcross * W), ceil_div(part.end, kAcross * W), 0,
                            right.depth, out, kKeys);
   }

@@ -22,7 +22,9 @@ struct Visibility {
   int64_t group, key_tiles, tile_rows, query_tiles;
 
   explicit FASTGRU_METHOD Visibility(const AttentionShape& shape)
-      : s(shape), group(s.Hq / s.Hk), key_tiles(ceil_div(s.Lk, kKeys)) {}
+      : s(shape), group(s.Hq / s.Hk), key_tiles(ceil_div(s.Lk, kKeys)) {
+    set_tile_rows(ceil_div(s.Lq, imax(1, ceil_div(s.Lq, kQueries))));
+  }
 
   void set_tile_rows(int64_t rows) {
     tile_rows = imax(kStrip, imin(kQueries, ceil_div(rows, kStrip) * kStrip));
@@ -75,7 +77,7 @@ struct Visibility {
   // Scores c of the keys j ... j + W, -inf where they are not in r, or not in the row of the mask, if there is one.
   FASTGRU_METHOD vec<C> hide(vec<C> c, const Span& r, const uint8_t* mask, int64_t j) const {
     if (mask) {
-      typename Narrow<C>::bytes bytes = {};
+      typename PerLane<C>::bytes bytes = {};
       if (s.mask.stride_k == 0)
         bytes = bytes + *mask;
       else if (j + W <= s.Lk)

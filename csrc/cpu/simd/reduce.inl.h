@@ -92,7 +92,7 @@ FASTGRU_INLINE void store_operands(bf16* p, const vf32* v) {
 #endif
 
 template <class C>
-struct Narrow {
+struct PerLane {
   typedef uint32_t bits __attribute__((vector_size(4 * lanes<C>)));
   typedef int32_t ints __attribute__((vector_size(4 * lanes<C>)));
   typedef uint8_t bytes __attribute__((vector_size(lanes<C>)));
@@ -100,7 +100,7 @@ struct Narrow {
 
 // v in the lanes whose byte is not 0, elsewhere -inf. Spelt out, because compilers take the bytes one by one.
 template <class C>
-FASTGRU_INLINE vec<C> hide_zeros(vec<C> v, typename Narrow<C>::bytes bytes) {
+FASTGRU_INLINE vec<C> hide_zeros(vec<C> v, typename PerLane<C>::bytes bytes) {
   const vec<C> bottom = splat<C>(-C(__builtin_inf()));
 #if FASTGRU_VECTOR_BYTES > 16
   __m128i wide = {};
