@@ -1,4 +1,10 @@
-// The backward pass. Included after attention/forward.inl.h.
+// Backward pass of attention on the CPU; equations in types.h. Included after attention/forward.inl.h.
+//
+// One item is one key head. Its dk and dv are sums of one worker, in that worker's scratch: no atomics, and results do
+// not depend on the number of threads. For every query tile of the head's group and every key tile that it sees:
+//   1. a strip at a time: p = exp(s - m) / l from the saved m and l, then ds, dx and dq += dx k;
+//   2. for the whole query tile: dk += dx^T q, dv += drop(p)^T do.
+// With a bias gradient, keys and values are packed in a phase before, and bias_gradient.inl.h is a phase after it.
 
 template <class S>
 struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
@@ -16,11 +22,11 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
 
   struct PerWorker {
     E *q, *d_out;                // [kBackwardQueries][padded D], [kBackwardQueries][padded Dv]
-    E *packed_q, *packed_d_out;  // the same by rows
-    C *delta, *m, *inverse_l;    // [kBackwardQueries]; the shift of the exponents, 1 / the sum of powers
+    E *packed_q, *packed_d_out;  // the same as rows of a right operand
+    C *delta, *m, *inverse_l;    // [kBackwardQueries]; m and 1 / l of the forward pass
     C* few_q;                    // [padded D], few queries only
-    C* weights;                  // [kKeys], with dropout only: p of a row
-    // drop(p), ds or dx, and the derivative of softcap: [kBackwardQueries][kKeys], one strip of it where E is not C.
+    C* weights;                  // [kKeys], with dropout only: p of a row before it
+    // drop(p), ds and then dx, dc/dx of softcap: [kBackwardQueries][kKeys], one strip of it where E is not C.
     C *p, *ds, *d_softcap;
     E* dx;                  // [kStrip][kKeys], as an operand; null where E is C
     E *p_pairs, *dx_pairs;  // [kBackwardQueries / 2][kKeys][2]: the same of all strips, transposed; null where E is C
@@ -33,8 +39,8 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
   const AttentionBackward& f;
   int workers;
   int64_t key_slot, value_slot, row_slot;
-  // Keys and values across, keys along, [heads][key_tiles][slot]: a worker packs the head that it works on. A bias
-  // gradient needs all of them.
+  // Keys and values as columns, keys as rows, [heads][key_tiles][slot]: one head for each worker, or all heads for a
+  // bias gradient.
   int64_t heads;
   E *packed_keys, *packed_values, *packed_rows;
   bool* keys_nonfinite;
@@ -89,7 +95,7 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
                          double(s.B * s.Hk * s.Lk * (s.D + s.Dv) * int64_t(sizeof(S))));
   }
 
-  // Where a tile of keys is packed.
+  // Index of the packed tile of a key head.
   int64_t slot(const PerWorker& own, int64_t b, int64_t hk, int64_t tile) const {
     return (f.d_bias ? b * s.Hk + hk : &own - per_worker) * key_tiles + tile;
   }
@@ -102,7 +108,7 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
     keys_nonfinite[at] = this->pack_as_rows(s.k, b, h, j0, n, s.D, own.finite, packed_rows + at * row_slot);
   }
 
-  // Operands and statistics of a query tile.
+  // Loads operands, m, 1 / l and delta of a query tile.
   void load_queries(const PerWorker& own, int64_t b, int64_t h, int64_t i0, int64_t rows) const {
     this->copy_rows(s.q, b, h, i0, rows, s.D, own.q);
     if (f.d_out.data)
@@ -114,16 +120,17 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
       const int64_t at = (b * s.Hq + h) * s.Lq + i0 + i;
       const C l = statistics[s.B * s.Hq * s.Lq + at];
       own.m[i] = statistics[at];
-      own.inverse_l[i] = l == C(0) ? C(0) : C(1) / l;  // 0: a row that saw nothing
-      // do . o; a row that sees one tile has it from there.
+      own.inverse_l[i] = l == C(0) ? C(0) : C(1) / l;  // 0: a row that saw no key
+      // delta = do . o; rows that see one tile compute it in score_gradients().
       C delta = C(0);
       if (f.d_out.data && !sees_one_tile(this->range(b, i0 + i)))
-        // A sum of 1 may be that of a row that sees one key, whose o is its v.
+        // l = 1: the row may see one key only, whose v is o. Then dp - delta has to be exactly 0.
         delta = l == C(1) ? product_with_output(own, b, h, i0, i) : dot_output(b, h, i0 + i);
       own.delta[i] = delta - (f.d_lse ? static_cast<const C*>(f.d_lse)[at] : C(0));
     }
   }
 
+  // Whether all keys that a row sees are in one tile.
   static bool sees_one_tile(const Span& seen) { return seen.end - seen.begin / kKeys * kKeys <= kKeys; }
 
   C dot_output(int64_t b, int64_t h, int64_t i) const {
@@ -136,7 +143,7 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
     return sum_lanes<C>(sum);
   }
 
-  // do . o of row i of the tile that begins at i0, summed in the order of do . v: the same bits where o is v.
+  // do . o of row i of the query tile that begins at i0, summed in the order of do . v: the same bits where o is v.
   C product_with_output(const PerWorker& own, int64_t b, int64_t h, int64_t i0, int64_t i) const {
     const int64_t r0 = i / kStrip * kStrip;
     const Left<E> strip = Base::strip_of(f.d_out, own.d_out, b, h, i0, r0, imin(kStrip, s.Lq - i0 - r0), s.Dv);
@@ -146,8 +153,8 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
     return products[0];
   }
 
-  // drop(p), ds and the derivative of softcap of rows [r0, r0 + count) of a query tile, in the vectors of `part` of a
-  // key tile. Where one strip is kept only, that is what p and ds point to.
+  // Computes drop(p), ds and dc/dx of rows [r0, r0 + count) of a query tile and the vectors of `part` of a key tile, to
+  // strip_p and strip_ds [kStrip][kKeys].
   void score_gradients(const PerWorker& own, int64_t b, int64_t h, int64_t i0, int64_t r0, int64_t count, int64_t tile,
                        const Span& part, C* strip_p, C* strip_ds) const {
     const int64_t j0 = tile * kKeys, n = this->tile_keys(tile), at = slot(own, b, h / group, tile);
@@ -184,7 +191,7 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
         return weight;
       };
       C delta = own.delta[r0 + i];
-      // A weight of zero hides the NaN that it meets.
+      // A weight of zero hides NaN.
       const auto hidden = [](vec<C> weight, vec<C> product) { return weight == C(0) ? vec<C>{} : product; };
       if (!sees_one_tile(this->range(b, i0 + r0 + i))) {
         for (int64_t v = begin; v < part.end; v += W) {
@@ -193,8 +200,7 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
         }
         continue;
       }
-      // delta from the weights and their gradients: exact where do . o would have the rounding of o, above all in 16
-      // bits.
+      // delta = sum_j p_j dp_j: do . o would carry the rounding of o, which matters in 16 bits.
       vec<C> sum = {};
       for (int64_t v = begin; v < part.end; v += W) {
         const vec<C> weight = weight_at(v);
@@ -219,7 +225,7 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
     }
   }
 
-  // One key head: dk, dv, and dq of its group.
+  // One key head: dk and dv, and dq of the query heads of its group.
   void key_head(const PerWorker& own, int64_t b, int64_t hk) const {
     if (!f.d_bias)
       for (int64_t tile = 0; tile < key_tiles; ++tile) pack(own, b, hk, tile);
@@ -257,7 +263,7 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
     __builtin_memset(own.dv + j0 * ld_v, 0, size_t(n * ld_v) * sizeof(C));
   }
 
-  // Two rows of weights as what a pair of rows of a right operand is made of.
+  // Interleaves two rows of weights, rounded to E, into [kKeys][2]: the transposed left operand of two neighbouring k.
   static void pair_rows(const C* even, const C* odd, int64_t begin, int64_t end, E* to) {
     if constexpr (!same<E, C>)
       for (int64_t v = begin; v < end; v += W) {
@@ -270,12 +276,12 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
       }
   }
 
-  // What a query tile and the keys `seen` of a tile add to dq, dk and dv; begun: strips of dq that hold something.
+  // Adds the products of a query tile and the keys `seen` of a key tile to dq, dk and dv. begun: strips of dq written.
   void add_tile(const PerWorker& own, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t tile, const Span& seen,
                 bool q_nonfinite, bool d_out_nonfinite, bool* begun) const {
     const int64_t j0 = tile * kKeys, n = this->tile_keys(tile), at = slot(own, b, h / group, tile);
     const int64_t ld_k = Base::padded(s.D), ld_v = Base::padded(s.Dv);
-    // All rows are zero in whole strips of keys, and in whole vectors, beyond what they see.
+    // Positions [first, last) of p and ds, whole strips and vectors of keys, are written: 0 where a row sees nothing.
     constexpr int64_t kWhole = 8 * kStrip;
     static_assert(kWhole % W == 0 && kKeys % kWhole == 0);
     const int64_t first = seen.begin / kWhole * kWhole, last = ceil_div(seen.end, kWhole) * kWhole;
@@ -284,8 +290,8 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
     };
     const Right<E> key_rows =
         Base::as_rows(s.k, b, h / group, j0, packed_rows + at * row_slot, keys_nonfinite[at], n, s.D);
-    // Sums begin with the first product there is, where it reaches all keys of the tile: dv and odd gradients are
-    // added.
+    // The first product of a tile stores instead of adding where it reaches all of its keys. (Non-finite gradients are
+    // added to dv before the product.)
     const bool begins = !own.begun[tile] && first == 0 && seen.end == n && f.d_out.data && !d_out_nonfinite;
     if (!own.begun[tile] && !begins) clear_keys(own, tile);
     own.begun[tile] = true;
@@ -338,7 +344,7 @@ struct AttentionBackwardPass : Operands<S, kBackwardQueries, kBackwardKeys> {
       multiply(into, seen.end - first, p, d_out_rows, 0, d_out_rows.depth, own.dv + (j0 + first) * ld_v, ld_v);
   }
 
-  // NaN and infinity among the gradients, for the keys that their queries see.
+  // Adds NaN and infinity among do, packed as zero, to dv of the keys that their queries see.
   void add_nonfinite_gradients(const PerWorker& own, int64_t b, int64_t h, int64_t i0, int64_t count, const C* p,
                                int64_t j0, const Span& part) const {
     const int64_t ld = Base::padded(s.Dv);

@@ -1,6 +1,10 @@
-// The gradient of a bias. Included after attention/backward.inl.h.
+// Gradient of the bias: ds, summed over the dimensions in which the bias is broadcast. Included after
+// attention/backward.inl.h.
+//
+// A phase of its own, whose items own what they write: it computes ds again rather than share sums between workers.
 
-// The bias gradient of one batch and head of the bias, and of one query tile, or of all where it has no rows.
+// Gradient of one batch and head of the bias and one query tile, or of all query tiles where the bias is broadcast over
+// queries.
 template <class S>
 inline void AttentionBackwardPass<S>::bias_gradient(const PerWorker& own, int64_t bias_b, int64_t bias_h,
                                                     int64_t bias_tile) const {

@@ -1,6 +1,6 @@
-// Dropout of attention. Included after simd/reduce.inl.h.
+// Dropout mask of attention, a hash of seed, row and column. Included after simd/reduce.inl.h.
 
-// The hash of dropout, as reference_attention.py computes it: a 64-bit key per row, mixed with the column.
+// A 64-bit key for each row (b, h, i), by splitmix64; every backend computes the same bits.
 struct RowKey {
   uint32_t low, high;
 
@@ -13,6 +13,7 @@ struct RowKey {
   }
 };
 
+// The finaliser of murmur3.
 template <class B>
 FASTGRU_INLINE B mix(B x) {
   x = (x ^ (x >> 16)) * 0x85EBCA6Bu;
@@ -20,7 +21,7 @@ FASTGRU_INLINE B mix(B x) {
   return x ^ (x >> 16);
 }
 
-// All bits set in the lanes that are kept, for columns j ... j + W.
+// Keep mask of columns j ... j + W: all bits set where the hash of row key and column is not below drop_below.
 template <class C>
 FASTGRU_INLINE typename Simd<C>::ivec keep_mask(RowKey key, int64_t j, uint32_t drop_below) {
   typedef typename PerLane<C>::bits B;

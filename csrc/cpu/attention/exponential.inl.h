@@ -1,13 +1,12 @@
-// Powers for the weights of attention. Included after simd/reduce.inl.h.
+// Exponential of softmax, to the precision of the storage type. Included after math.inc and simd/reduce.inl.h.
 
-// A power for weights, which are at most 2^kSlack but for rounding: 2^y for float, as many digits of it as the storage
-// type can tell; e^y for double. 0 for -infinity, NaN for NaN. (What becomes of a power below the normal numbers is
-// left to the processor.)
+// e^x as of(log_e x): 2^y where computed in float, e^y in double. -infinity gives 0, NaN gives NaN.
+// Domain: y up to kSlack of online_softmax.inl.h plus rounding. Results below 2^-126 differ between instruction sets.
 template <class S>
 struct Exponential {
   using C = compute_t<S>;
   static constexpr bool base_two = sizeof(C) == 4;
-  static constexpr C log_e = base_two ? C(1.4426950408889634) : C(1);  // e^x is the power of log_e x
+  static constexpr C log_e = base_two ? C(1.4426950408889634) : C(1);  // of e, in the base of the exponential
 
   static FASTGRU_METHOD vec<C> of(vec<C> y) {
     if constexpr (!base_two) {
@@ -32,12 +31,12 @@ struct Exponential {
   }
 
  private:
-  // y less the largest whole number that is not above it; 0 for -infinity.
+  // y - floor(y); 0 for -infinity.
   static FASTGRU_METHOD vf32 fraction(vf32& y) {
 #if FASTGRU_VECTOR_BYTES == 64
     return (vf32)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
-    y = larger(splat<float>(-127.0f), y);  // whose power comes out as 0 below
+    y = larger(splat<float>(-127.0f), y);  // scale() returns 0 for -127
 #if FASTGRU_VECTOR_BYTES == 32
     return y - (vf32)_mm256_round_ps((__m256)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
@@ -46,13 +45,13 @@ struct Exponential {
 #endif
 #endif
   }
-  // 2^(y - r) times v.
+  // v 2^(y - r), r the fraction of y.
   static FASTGRU_METHOD vf32 scale(vf32 v, vf32 y, vf32 r) {
 #if FASTGRU_VECTOR_BYTES == 64
     (void)r;
     return (vf32)_mm512_scalef_ps((__m512)v, (__m512)y);  // rounds y down by itself
 #else
-    // Added to the exponent. That of NaN is the lowest whole number or 0, of which the shift leaves nothing.
+    // y - r is added to the exponent of v. NaN converts to INT_MIN or 0, which the shift turns into 0: v stays NaN.
     return (vf32)((vi32)v + (__builtin_convertvector(y - r, vi32) << 23));
 #endif
   }

@@ -1,6 +1,7 @@
-// Few queries. Included after attention/forward.inl.h.
+// Forward pass for up to kFewQueries queries, such as decoding: reads keys and values in place, without packing.
+// Included after attention/forward.inl.h.
 
-// out[0 .. V vectors) = sum over j of x[j] v[j]; a weight of zero hides what it meets. `left`: columns that exist.
+// out[0 .. V vectors) = sum_j x[j] v[j]; a weight of zero hides NaN and infinity of its value. `left`: columns of v.
 template <class S>
 template <int V>
 inline void AttentionForwardPass<S>::weighted_sum(const C* x, int64_t n, const S* v, int64_t ld, int64_t left, C* out) {
@@ -20,7 +21,7 @@ inline void AttentionForwardPass<S>::weighted_sum(const C* x, int64_t n, const S
   for (int i = 0; i < V; ++i) store(out + i * W, sums[i]);
 }
 
-// All queries of one head, each by itself: dot products along the keys and a sum of values where they lie.
+// All queries of one head, one after the other: dot products with the keys, softmax, weighted sum of the values.
 template <class S>
 inline void AttentionForwardPass<S>::few_queries(const PerWorker& own, int64_t b, int64_t h) const {
   const int64_t key_head = h / group;

@@ -1,9 +1,16 @@
-// The forward pass. Included after attention/online_softmax.inl.h.
+// Forward pass of attention on the CPU; equations in types.h. Included after attention/online_softmax.inl.h.
+//
+// Key heads go in rounds, each of two phases:
+//   1. pack: keys as columns and values as rows of right operands, one item for each tile of keys;
+//   2. compute: one item for each tile of queries, which walks over the key tiles that any of its rows sees, a strip of
+//      kStrip rows at a time: scores, weights, then o += p v.
+// Few queries are not packed: see few_queries.inl.h.
+// The order of additions of a row depends neither on its tile nor on the number of threads: results are bitwise equal.
 
-// Of a round of the forward pass: bytes of packed keys and values, and items for every worker.
+// A round holds key heads up to this many bytes of packed keys and values, 2 MiB, or enough for so many items a worker.
 constexpr int64_t kRoundBytes = int64_t(1) << 21, kRoundItems = 32;
 
-// A pass has a few stages only, so that a thread pays for less work than a recurrence needs.
+// Workers for a pass. It has a few barriers only, so a third of a recurrence's work pays for a thread.
 static int worth_threads(const Parallel& parallel, double flops, double bytes) {
   return worth_workers(parallel, 3 * flops, 3 * bytes);
 }
@@ -42,7 +49,7 @@ struct AttentionForwardPass : OnlineSoftmax<S> {
   };
 
   int workers;
-  int64_t round;  // key heads that are packed at a time, then computed with
+  int64_t round;  // key heads of a round
   int64_t key_slot, value_slot;
   E *packed_keys, *packed_values;  // [round][key_tiles][slot]
   bool* values_nonfinite;          // [round][key_tiles]
@@ -54,14 +61,14 @@ struct AttentionForwardPass : OnlineSoftmax<S> {
                               double(s.B * s.Hk * s.Lk * (s.D + s.Dv) * int64_t(sizeof(S))))),
         key_slot(panels_size<E>(s.D, imin(kKeys, s.Lk))),
         value_slot(panels_size<E>(imin(kKeys, s.Lk), s.Dv)) {
-    // Enough items to go round: a row's result does not depend on its tile.
+    // At least four items for each worker.
     if (workers > 1) this->set_tile_rows(imin(tile_rows, s.B * s.Hq * s.Lq / (4 * workers)));
-    // As much as a cache holds, and enough items for all workers to end at about the same time.
+    // Packed heads stay in cache; enough items let all workers end at about the same time.
     const int64_t head_bytes = key_tiles * (key_slot + value_slot) * int64_t(sizeof(E));
     round = imin(s.B * s.Hk, imax(kRoundBytes / imax(1, head_bytes),
                                   ceil_div(kRoundItems * workers, imax(1, group * query_tiles))));
     const int64_t slots = few ? 0 : round * key_tiles;
-    packed_keys = take<E>(scratch, slots * key_slot + W * kPair<E>);  // fused_weights() may read a vector too far
+    packed_keys = take<E>(scratch, slots * key_slot + W * kPair<E>);  // fused_weights() may read one vector beyond
     packed_values = take<E>(scratch, slots * value_slot);
     values_nonfinite = take<bool>(scratch, slots);
     for (int w = 0; w < workers; ++w) {
@@ -87,13 +94,13 @@ struct AttentionForwardPass : OnlineSoftmax<S> {
         this->pack_as_rows(s.v, b, h, tile * kKeys, n, s.Dv, own.finite, packed_values + slot * value_slot);
   }
 
-  // One query tile of head `head` of all, whose packed keys begin at `slots`.
+  // One query tile of head `head` of B * Hq; its key head is packed in the slots from `slots` on.
   void query_tile(const PerWorker& own, int64_t head, int64_t query_tile, int64_t slots) const {
     const int64_t i0 = query_tile * tile_rows, h = head % s.Hq, b = head / s.Hq;
     const int64_t rows = imin(tile_rows, s.Lq - i0), ld = Base::padded(s.Dv);
     SoftmaxState state;
     for (int64_t i = 0; i < kForwardQueries + W; ++i)
-      // No score of what fills up the last strip is of any interest.
+      // Rows that pad the last strip never update m.
       state.m[i] = i < rows ? -C(__builtin_inf()) : C(0), state.limit[i] = i < rows ? slack : C(__builtin_inf());
     for (int64_t i = 0; i < rows; ++i) state.l[i] = vec<C>{};
     for (int64_t r0 = 0; r0 < rows; r0 += kStrip) state.begun[r0 / kStrip] = false;
@@ -109,7 +116,7 @@ struct AttentionForwardPass : OnlineSoftmax<S> {
     }
   }
 
-  // Rows [r0, r0 + count) of the query tile that begins at i0, and one tile of keys.
+  // Adds one tile of keys to rows [r0, r0 + count) of the query tile that begins at i0.
   void strip(const PerWorker& own, SoftmaxState& state, int64_t b, int64_t h, int64_t i0, int64_t r0, int64_t count,
              int64_t tile, int64_t slot) const {
     const Span part = this->within(this->range(b, i0 + r0, count), tile);
@@ -121,7 +128,7 @@ struct AttentionForwardPass : OnlineSoftmax<S> {
         Base::as_rows(s.v, b, h / group, j0, packed_values + slot * value_slot, values_nonfinite[slot], n, s.Dv);
     C* out = own.out + r0 * ld;
     C decay[kStrip + W];
-    // Where the product below begins and ends, in whole chains and pairs.
+    // Depth of the product p v, in whole vectors and pairs.
     int64_t k0 = 0, k1 = values.depth;
     bool decays = false;
     if (!(fused_exp && sees_all(b, i0 + r0, count, j0, n) &&
@@ -155,14 +162,14 @@ struct AttentionForwardPass : OnlineSoftmax<S> {
     if (values_nonfinite[slot]) add_nonfinite_values(own, b, h / group, j0, {begin, part.end}, count, out, ld);
   }
 
-  // Whether all rows [i, i + count) see all keys [j0, j0 + n). (What a row sees begins and ends no earlier than what
-  // the row before it sees; rows beyond the last one, which see nothing, come last.)
+  // Whether all rows [i, i + count) see all keys [j0, j0 + n). Both ends of a range grow with i, and rows beyond the
+  // sequence, which see nothing, come last: so the first and the last row tell.
   bool sees_all(int64_t b, int64_t i, int64_t count, int64_t j0, int64_t n) const {
     const Span first = this->range(b, i), last = this->range(b, i + count - 1);
     return imax(first.begin, last.begin) <= j0 && imin(first.end, last.end) >= j0 + n;
   }
 
-  // NaN and infinity among the values, for the queries that see them.
+  // Adds NaN and infinity among the values, packed as zero, to the outputs of the queries that see them.
   void add_nonfinite_values(const PerWorker& own, int64_t b, int64_t hk, int64_t j0, const Span& part, int64_t count,
                             C* out, int64_t ld) const {
     for (int64_t j = part.begin; j < part.end; ++j)

@@ -1,4 +1,11 @@
-// Softmax, a tile of keys at a time. Included after attention/operands.inl.h.
+// Online softmax with a lazily updated maximum, for the forward pass. Included after attention/operands.inl.h.
+//
+// Over tiles of keys, for each row:
+//   m' = m unless a score is above m + slack, else the row's largest score      decay = exp(m - m')
+//   p_j = exp(s_j - m')      l' = decay l + sum_j p_j      o' = decay o + sum_j drop(p_j) v_j
+// and in the end o / l and lse = m + log l. Any m near the maximum does: weights are floating point and divided by
+// their sum, so a slack of 2^8 loses nothing. m starts at 0 and seldom changes, so exp need not wait for a maximum: it
+// is fused into the registers of the product where no mask, bias, softcap or dropout applies (fused_weights()).
 
 template <class S>
 struct OnlineSoftmax : Operands<S, kForwardQueries, kForwardKeys> {
@@ -9,22 +16,21 @@ struct OnlineSoftmax : Operands<S, kForwardQueries, kForwardKeys> {
   using typename Base::C;
   using typename Base::E;
 
-  // What the rows have seen so far. Powers are taken against a reference: zero, while the largest score is near enough
-  // to it; else a row's largest score when it was last set, which is when a tile of keys first had one too far above
-  // it. A row that sees one key has that key's score: its weight is exactly 1, and its output the value.
+  // Softmax state of the rows of a query tile. A row that sees one key has that key's score as m: its weight is exactly
+  // 1, and its output the value.
   struct SoftmaxState {
-    C m[kForwardQueries + W];              // the shift, a score; -inf: nothing seen
-    C limit[kForwardQueries + W];          // the score beyond which it is set again
-    vec<C> l[kForwardQueries];             // the sum of powers, a part per lane
+    C m[kForwardQueries + W];              // lazily updated maximum; -inf: no key seen yet
+    C limit[kForwardQueries + W];          // the score above which m is updated
+    vec<C> l[kForwardQueries];             // sum of exponentials, a partial sum in each lane
     bool begun[kForwardQueries / kStrip];  // strips with something in own.out
   };
-  // How far the largest score of a row may be above its reference, and below it at first, as an argument of the power.
-  // Nothing is lost by it: weights are floating point, and divided by their sum in the end.
+  // How far the largest score of a row may be above m, and the first tile's largest score below 0, in exponents of the
+  // base of Exponential.
   static constexpr C kSlack = C(8), kBelow = C(-40);
 
   const AttentionForward& f;
   C slack, below;  // kSlack and kBelow, in scores
-  bool fused_exp;  // weights are made of products while these are in registers, of which there are enough
+  bool fused_exp;  // exp is fused into the product, which takes 32 registers
 
   explicit FASTGRU_METHOD OnlineSoftmax(const AttentionForward& forward)
       : Base(forward.s),
@@ -34,8 +40,9 @@ struct OnlineSoftmax : Operands<S, kForwardQueries, kForwardKeys> {
         fused_exp(FASTGRU_VECTOR_BYTES == 64 && this->raw_scores && !s.mask.data && !s.seed && s.D <= kDepth &&
                   s.Lk > 1) {}
 
+  // Writes a row of the output from `out`, its unnormalised sum, and m, l and lse.
   void finish_row(int64_t b, int64_t h, int64_t i, const C* out, C m, C l) const {
-    // A sum of zero: nothing was seen.
+    // l = 0: the row saw no key.
     const C factor = l == C(0) ? C(0) : (s.seed ? this->keep_scale : C(1)) / l;
     Base::write_row(out, s.Dv, factor, f.out.row<S>(b, h, i));
     const int64_t at = (b * s.Hq + h) * s.Lq + i;
@@ -50,8 +57,8 @@ struct OnlineSoftmax : Operands<S, kForwardQueries, kForwardKeys> {
                                                  (same<C, double> ? C(__builtin_logl(l)) : C(__builtin_logf(float(l))));
   }
 
-  // Weights of n scores against the reference `top`, dropped where dropout says; returns the sums of the lanes before
-  // that.
+  // p = exp(x - m), unnormalised, of n scores of row i and keys from j0, zero where dropped. Returns partial sums, one
+  // in each lane, dropped weights included.
   template <class To>
   FASTGRU_METHOD vec<C> weights(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, const C* x, C m, To* p) const {
     const vec<C> factor = splat<C>(this->factor), shift = splat<C>(m);
@@ -73,10 +80,10 @@ struct OnlineSoftmax : Operands<S, kForwardQueries, kForwardKeys> {
     return sum;
   }
 
-  // What is taken from scores; a NaN is not above -inf, and is seen all the same.
+  // What is subtracted from scores: m, or 0 while m is -inf. (A row whose scores are NaN keeps m = -inf, and is seen.)
   static C shift(C m) { return m == -C(__builtin_inf()) ? C(0) : m; }
 
-  // Whether one of n scores, whole vectors, is not hidden.
+  // Whether exactly one of n scores, whole vectors, is above -inf.
   static bool sees_one(const C* x, int64_t n) {
     int seen = 0;
     for (int64_t v = 0; v < n; v += W) {
@@ -87,9 +94,8 @@ struct OnlineSoftmax : Operands<S, kForwardQueries, kForwardKeys> {
     return seen == 1;
   }
 
-  // Sets the references anew where a score of the strip is above the limit, or the first ones are far below zero.
-  // decay: what takes powers against the old reference to the new one. Both arrays go W beyond kStrip, highest with
-  // -inf.
+  // Updates m of a strip where its highest score is above the limit, or the first one is more than kBelow below 0.
+  // decay[i] = exp(old m - new m). Both arrays have kStrip + W elements, `highest` with -inf beyond kStrip.
   FASTGRU_METHOD void update_maxima(SoftmaxState& state, int64_t r0, const C* highest, C* decay) const {
     const C bottom = -C(__builtin_inf());
     for (int64_t i = 0; i < kStrip; i += W) {
@@ -102,10 +108,10 @@ struct OnlineSoftmax : Operands<S, kForwardQueries, kForwardKeys> {
     }
   }
 
-  // The weights of a strip and all n keys of a tile, in p, if the references stay as they are: otherwise returns
-  // false. The scores never leave the registers. Those of some vectors of keys turn into weights between the steps of
-  // the product for the next: a processor does not look far enough ahead to find anything to do beside a power by
-  // itself.
+  // p[kStrip][kKeys] = weights of a strip and all n keys of a tile, with exp fused into the product's registers.
+  // Returns false, and leaves the state as it was, where m of a row has to change.
+  // Software pipelining: the exponentials of one block of V vectors interleave with the next block's multiply-adds,
+  // because the out-of-order window is too short otherwise.
   bool fused_weights(E* p, SoftmaxState& state, const Left<E>& q, const E* packed_keys, int64_t r0, int64_t n) const {
     constexpr int V = kAcross / 2, P = kPair<E>, kExponentials = kStrip * V;
     const Right<E> keys = Base::as_columns(packed_keys, n, s.D);
@@ -114,7 +120,7 @@ struct OnlineSoftmax : Operands<S, kForwardQueries, kForwardKeys> {
     C* m = state.m + r0;
     C start[kStrip];
     vec<C> sums[kStrip], row_max[kStrip];
-    bool first = false;  // for a row
+    bool first = false;  // whether a row has not seen a key yet
 #pragma GCC unroll 8
     for (int i = 0; i < kStrip; ++i) {
       first |= m[i] == -C(__builtin_inf());
@@ -129,7 +135,7 @@ struct OnlineSoftmax : Operands<S, kForwardQueries, kForwardKeys> {
     vec<C> x[kStrip][V];
     for (int64_t block = 0; block <= blocks; ++block) {
       const int64_t g = imin(block, blocks - 1) / 2, stride = keys.step(g);
-      // The last vector of a group may be missing: then what comes after it is computed with, and hidden.
+      // The last group may have an odd number of vectors: one vector beyond it is then read, and hidden below.
       const E* b = keys.group(g) + block % 2 * V * W * P;
       int64_t at = 0;
       vec<C> next[kStrip][V];

@@ -1,4 +1,4 @@
-// The tensor layer of attention on the CPU: from torch tensors to the structs of the engine and back.
+// Operators of attention on the CPU: checks tensors, fills the structs of types.h, and calls the engine.
 #include "op.h"
 
 #include <cmath>
@@ -32,6 +32,7 @@ Tensor empty_like_layout(const Tensor& like, int64_t columns) {
 
 Heads heads(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)}; }
 
+// Checked arguments of both passes. `held` keeps alive the tensors that `s` points into, copies among them.
 struct Problem {
   std::vector<Tensor> held;
   AttentionShape s{};
@@ -118,7 +119,7 @@ struct Problem {
 
 namespace {
 
-// Output, statistics and, if `lse` is given, that.
+// Returns output and statistics; writes lse unless null.
 std::tuple<Tensor, Tensor> forward(FASTGRU_ATTENTION_PARAMETERS, Tensor* lse) {
   const Problem problem(FASTGRU_ATTENTION_ARGUMENTS);
   const AttentionShape& s = problem.s;
@@ -132,7 +133,7 @@ std::tuple<Tensor, Tensor> forward(FASTGRU_ATTENTION_PARAMETERS, Tensor* lse) {
   return {output, statistics};
 }
 
-// Also of bias, into d_bias, unless that is null.
+// Returns the gradients of query, key and value; writes that of bias to d_bias unless null.
 std::tuple<Tensor, Tensor, Tensor> gradients(const OptionalTensor& grad_output, const OptionalTensor& grad_lse,
                                              FASTGRU_ATTENTION_PARAMETERS, const Tensor& output,
                                              const Tensor& statistics, Tensor* d_bias) {

@@ -1,4 +1,9 @@
-// Operands of products. Included after attention/scores.inl.h.
+// Operands of attention's products, from rows of q, k, v and do: packed, copied, or in place where the layout allows
+// it. Included after attention/scores.inl.h.
+//
+// A right operand holds rows of a head either as its columns, for q k^T and do v^T, or as its rows, for p v, dx k, dx^T
+// q and p^T do. As rows they are multiplied by weights, and a weight of zero must hide NaN and infinity. So NaN and
+// infinity are packed as zero, and the caller adds them one by one.
 
 // NaN and infinity.
 template <class C>
@@ -19,24 +24,25 @@ struct Operands : Scores<S, kQueries, kTileKeys> {
 
   static int64_t padded(int64_t columns) { return ceil_div(columns, W) * W; }
 
-  // Rows [j0, j0 + n) of a head as the columns of a right operand of depth `columns`.
+  // Packs rows [j0, j0 + n) of a head as the columns of a right operand of depth `columns`.
   void pack_as_columns(const Heads& from, int64_t b, int64_t h, int64_t j0, int64_t n, int64_t columns, E* to) const {
     const Right<E> right = as_columns(to, n, columns);
     for (int64_t v = 0; v < right.vectors; ++v)
       pack_transposed(from.row<const S>(b, h, j0 + v * W), from.stride_l, int(imin(W, n - v * W)), columns,
                       right.group(v / kAcross) + v % kAcross * W * kPair<E>, right.width(v / kAcross) * W * kPair<E>);
   }
+  // The operand that pack_as_columns() packed.
   static Right<E> as_columns(const E* data, int64_t n, int64_t columns) {
     return {data, padded_depth<E>(columns), ceil_div(n, W)};
   }
 
-  // Whether the rows of a head are a right operand as they lie, but for NaN and infinity.
+  // Whether the rows of a head can be a right operand in place, provided that they are finite.
   static bool is_row_operand(const Heads& from, int64_t columns) {
     return same<S, E> && kPair<E> == 1 && columns % W == 0 && from.stride_l == columns;
   }
 
-  // Rows [j0, j0 + n) of a head as the rows of a right operand, NaN and infinity as zero. Returns whether there were
-  // any. If not, rows that lie as they should are left there.
+  // Packs rows [j0, j0 + n) of a head as the rows of a right operand, NaN and infinity as zero, by way of `finite`
+  // [n][columns]. Returns whether there were any. Finite rows that can be used in place are not packed.
   bool pack_as_rows(const Heads& from, int64_t b, int64_t h, int64_t j0, int64_t n, int64_t columns, S* finite,
                     E* to) const {
     bool nonfinite_rows = false;
@@ -66,7 +72,7 @@ struct Operands : Scores<S, kQueries, kTileKeys> {
           n, columns - g * kAcross * W, right.width(g), right.group(g));
     return nonfinite_rows;
   }
-  // The operand, given what pack_along() said of it.
+  // The operand that pack_as_rows() packed or left in place; nonfinite_rows: what it returned.
   static Right<E> as_rows(const Heads& from, int64_t b, int64_t h, int64_t j0, const E* packed, bool nonfinite_rows,
                           int64_t n, int64_t columns) {
     const int64_t vectors = ceil_div(columns, W);
@@ -77,11 +83,11 @@ struct Operands : Scores<S, kQueries, kTileKeys> {
 
   static Left<E> by_rows(const E* data, int64_t ld) { return {data, ld, kPair<E>}; }
 
-  // Whether a product takes strips of rows of so many columns where they lie. Else, and where a strip is not whole, it
-  // takes copies.
+  // Whether strips of rows of so many columns are left operands in place. Otherwise, and for a strip with fewer than
+  // kStrip rows, products use copies.
   static constexpr bool in_place(int64_t columns) { return same<S, E> && columns % kPair<E> == 0; }
 
-  // Copies of the rows of a query tile that are not taken where they lie, zero up to whole strips.
+  // Copies the rows of a query tile that are not used in place to `to` [rows, whole strips][padded depth], zero beyond.
   void copy_rows(const Heads& from, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t columns, E* to) const {
     const int64_t depth = padded_depth<E>(columns), whole = rows / kStrip * kStrip;
     for (int64_t i = in_place(columns) ? whole : 0; i < rows; ++i)
@@ -89,7 +95,7 @@ struct Operands : Scores<S, kQueries, kTileKeys> {
     const int64_t missing = ceil_div(rows, kStrip) * kStrip - rows;
     __builtin_memset(to + rows * depth, 0, size_t(missing * depth) * sizeof(E));
   }
-  // Rows [r0, r0 + count) of it as a left operand.
+  // Rows [r0, r0 + count) of a query tile as a left operand.
   static Left<E> strip_of(const Heads& from, const E* copies, int64_t b, int64_t h, int64_t i0, int64_t r0,
                           int64_t count, int64_t columns) {
     if (in_place(columns) && count == kStrip && from.data)
@@ -98,8 +104,8 @@ struct Operands : Scores<S, kQueries, kTileKeys> {
     return by_rows(copies + r0 * depth, depth);
   }
 
-  // q . k of W keys, in lanes; keys beyond the last one repeat it. Scores of few queries, in either pass: the backward
-  // pass subtracts lse from them, which is as exact as they are the same bits.
+  // q . k of the keys j ... j + W, in lanes; keys beyond `last` repeat it. For few queries, in both passes: the
+  // backward pass needs the bits of the forward pass, because it subtracts the same m.
   vec<C> dot_products(const Heads& k, int64_t b, int64_t hk, int64_t j, int64_t last, const C* q) const {
     const S* row[W];
     vec<C> sums[W];
@@ -126,7 +132,7 @@ struct Operands : Scores<S, kQueries, kTileKeys> {
     return sums[0];
   }
 
-  // Products of a strip with the keys of a tile, [kStrip][kKeys], at least those in `part`.
+  // out[kStrip][kKeys] = products of a strip with the packed rows of a tile, at least those in `part`.
   static void strip_scores(const Left<E>& rows, const E* packed, int64_t keys, int64_t columns, const Span& part,
                            C* out) {
     const Right<E> right = as_columns(packed, keys, columns);

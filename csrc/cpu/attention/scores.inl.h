@@ -1,5 +1,12 @@
-// Scores from products. Included after attention/visibility.inl.h.
+// Scores of a row from its products q . k: scale, softcap, ALiBi, bias, and -inf where a key is hidden. Included after
+// attention/visibility.inl.h, attention/dropout.inl.h and attention/exponential.inl.h.
+//
+//   x = scale * q_i . k_j      c = softcap * tanh(x / softcap), or x      s = c - alibi |i + offset - j| + bias
+//
+// Exponents of softmax are differences (s - m) * factor, never differences of products with the factor: they are exact
+// however large scores are, and both passes compute the same bits.
 
+// Up to so many queries, scores are dot products with the keys in place: packed keys would be read too seldom.
 constexpr int64_t kFewQueries = 4;
 
 template <class S, int kQueries, int kTileKeys>
@@ -14,10 +21,10 @@ struct Scores : Visibility<S, kQueries, kTileKeys> {
   using typename Base::C;
 
   C scale, softcap, keep_scale;
-  bool few;  // queries: their scores are dot products with the keys as they lie
-  // Nothing is done to the scores but hiding some: then the products stay as they are until the power is taken.
+  bool few;  // Lq <= kFewQueries
+  // Scores are kept as products q . k, with `scale` part of `factor`: nothing but hiding is done to them.
   bool raw_scores;
-  C factor;  // what takes scores (raw_scores: products) to the argument of the power
+  C factor;  // (s - m) * factor is the exponent, in the base of Exponential
 
   explicit FASTGRU_METHOD Scores(const AttentionShape& shape)
       : Base(shape),
@@ -25,14 +32,14 @@ struct Scores : Visibility<S, kQueries, kTileKeys> {
         softcap(C(s.softcap)),
         keep_scale(C(1 / (1 - s.dropout_p))),
         few(s.Lq <= kFewQueries),
-        // (A factor near the ends of float's range would lose digits, or overflow.)
+        // Scales outside these bounds would make `factor` subnormal or infinite in float.
         raw_scores(s.softcap == 0 && !s.slopes && !s.bias.data && s.scale > 1e-30 && s.scale < 1e30),
         factor(C((raw_scores ? s.scale : 1.0) * double(Exponential<S>::log_e))) {}
 
   RowKey row_key(int64_t b, int64_t h, int64_t i) const { return RowKey(*s.seed, (b * s.Hq + h) * s.Lq + i); }
 
-  // What the power is taken of, but for `factor` and the maximum, in place of the products q . k of query i and keys
-  // [j0, j0 + n); whole vectors, -inf where hidden. Returns the largest.
+  // Turns the products q . k of query i and keys [j0, j0 + n) into scores, in place, whole vectors, -inf where hidden.
+  // Returns the largest. d_softcap, unless null: dc/dx, written where there is a softcap.
   FASTGRU_METHOD C finish_scores(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, C* x, C* d_softcap) const {
     if (!raw_scores) return transform_scores(b, h, i, j0, n, x, d_softcap);
     const Span r = range(b, i);
@@ -50,8 +57,7 @@ struct Scores : Visibility<S, kQueries, kTileKeys> {
     return max_lanes<C>(highest);
   }
 
-  // The scores of query i and keys [j0, j0 + n), in place of the products q . k; whole vectors. Returns the largest.
-  // With `slope`, also the derivative of softcap.
+  // The same for scores that are not raw.
   FASTGRU_METHOD C transform_scores(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, C* x, C* d_softcap) const {
     const Span r = range(b, i);
     const C bottom = -C(__builtin_inf());
@@ -75,7 +81,7 @@ struct Scores : Visibility<S, kQueries, kTileKeys> {
         c = fma(splat<C>(-alibi), abs<C>(C(diagonal - j) - __builtin_convertvector(lane_index<C>(), vec<C>)), c);
       if (bias) {
         const vec<C> added = s.bias.stride_k ? load_upto(bias + j, left) : splat<C>(load_one(bias));
-        c = added == bottom ? splat<C>(bottom) : c + added;  // it hides NaN too
+        c = added == bottom ? splat<C>(bottom) : c + added;  // a bias of -inf hides NaN too
       }
       c = hide(c, r, mask, j);
       store(x + v, c);

@@ -1,15 +1,20 @@
-// What a query sees. Included after attention/dropout.inl.h.
+// Which keys a query sees, by lengths, window and mask; and tiles of queries and keys. Included after gemm/strip.inl.h.
+//
+// Query i of sequence b sees key j of [range(b, i)) where its mask allows it:
+//   diagonal - window_left <= j <= diagonal + window_right,   diagonal = i + offset(b),   j < keys(b),   i < queries(b)
 
 constexpr int kForwardQueries = 96, kBackwardQueries = 132;  // most rows of a query tile; multiples of kStrip, even
-// Keys of a tile; a multiple of the columns of a product's tile, backward also of kStrip.
+// Keys of a tile; multiples of the micro-kernel's columns, backward also of kStrip.
 constexpr int kForwardKeys = 512, kBackwardKeys = 192;
 
+// Positions [begin, end).
 struct Span {
   int64_t begin, end;
 
   bool empty() const { return end <= begin; }
 };
 
+// S is the storage type. Tiles have up to kQueries queries and kTileKeys keys.
 template <class S, int kQueries, int kTileKeys>
 struct Visibility {
   using C = compute_t<S>;
@@ -19,7 +24,8 @@ struct Visibility {
   static_assert(kTileKeys % (kAcross * W) == 0 && kQueries % kStrip == 0 && kQueries % 2 == 0);
 
   const AttentionShape& s;
-  int64_t group, key_tiles, tile_rows, query_tiles;
+  int64_t group;  // query heads of a key head
+  int64_t key_tiles, tile_rows, query_tiles;
 
   explicit FASTGRU_METHOD Visibility(const AttentionShape& shape)
       : s(shape), group(s.Hq / s.Hk), key_tiles(ceil_div(s.Lk, kKeys)) {
@@ -36,7 +42,7 @@ struct Visibility {
   int64_t offset(int64_t b) const { return s.bottom_right ? keys(b) - queries(b) : 0; }
   int64_t tile_keys(int64_t tile) const { return imin(kKeys, s.Lk - tile * kKeys); }
 
-  // Keys that lengths and window let query i see.
+  // Keys that lengths and window let query i see; the mask is not considered.
   Span range(int64_t b, int64_t i) const {
     const int64_t diagonal = i + offset(b);
     Span r = {s.window_left < 0 ? 0 : imax(0, diagonal - s.window_left),
@@ -44,8 +50,8 @@ struct Visibility {
     if (i >= queries(b) || r.end <= r.begin) r = {0, 0};
     return r;
   }
-  // Keys that at least one of the rows [i0, i0 + rows) may see, and those between them: what a row sees begins and ends
-  // no earlier than what the row before it sees.
+  // The smallest range that holds those of rows [i0, i0 + rows). Both ends grow with i, so the first and the last row
+  // that see anything give it.
   Span range(int64_t b, int64_t i0, int64_t rows) const {
     const int64_t diagonal = offset(b), n = keys(b);
     int64_t first = i0, last = imin(i0 + rows, queries(b)) - 1;
@@ -58,12 +64,12 @@ struct Visibility {
     if (seen.empty()) return {0, 0};
     return {seen.begin / kKeys, ceil_div(seen.end, kKeys)};
   }
-  // The part of `seen` within a tile, as positions in the tile.
+  // The part of `seen` in a tile, as positions in the tile.
   Span within(const Span& seen, int64_t tile) const {
     return {imax(0, seen.begin - tile * kKeys), imin(kKeys, seen.end - tile * kKeys)};
   }
 
-  // Of the keys j ... j + W, those in r.
+  // Lane mask of the keys j ... j + W that are in r.
   static FASTGRU_METHOD ivec inside(const Span& r, int64_t j) {
     typedef typename Simd<C>::ielem I;
     const ivec lane = lane_index<C>();
@@ -74,7 +80,7 @@ struct Visibility {
     const uint8_t* mask = static_cast<const uint8_t*>(s.mask.data);
     return mask ? mask + b * s.mask.stride_b + h * s.mask.stride_h + i * s.mask.stride_l : nullptr;
   }
-  // Scores c of the keys j ... j + W, -inf where they are not in r, or not in the row of the mask, if there is one.
+  // Scores c of the keys j ... j + W, -inf outside r and where the row of the mask, if any, is 0.
   FASTGRU_METHOD vec<C> hide(vec<C> c, const Span& r, const uint8_t* mask, int64_t j) const {
     if (mask) {
       typename PerLane<C>::bytes bytes = {};

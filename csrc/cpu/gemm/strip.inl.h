@@ -1,12 +1,16 @@
-// Products of strips of rows. Included after gemm.inc.
+// Micro-kernel of attention's products: out = a b for strips of kStrip = 6 rows of `a` and groups of kAcross vectors of
+// `b`, with the accumulators in registers. Included after gemm.inc and simd/reduce.inl.h.
+//
+// Unlike the 8 x 3 panels of gemm.inc the output is an array with a row stride, `a` may be transposed, and b's rows may
+// be multiplied where they are in memory. Loop order of multiply(): groups of b, strips of a, chunks of kDepth of k.
 
-constexpr int kStrip = 6;  // rows of a product's tile
-// Vectors of a product's tile: 6 x 4 accumulators of 32 registers, 6 x 2 of 16.
+constexpr int kStrip = 6;  // rows of the micro-kernel
+// Vectors of the micro-kernel: 6 x 4 accumulators of 32 registers, 6 x 2 of 16.
 constexpr int kAcross = FASTGRU_VECTOR_BYTES == 64 ? 4 : 2;
 
-// A right-hand matrix of `depth` rows k, a multiple of kPair, and `vectors` vectors of columns: groups of kAcross
-// vectors, the last one narrower; within a group the vectors of each k (bf16: pair of k) are contiguous. Or, with `ld`
-// set, a row-major matrix as it lies in memory, rows `ld` apart, its columns a multiple of W.
+// The right operand: `depth` rows k, a multiple of kPair, and `vectors` vectors of columns.
+// Packed: [groups][depth / kPair][width][W][kPair], groups of `width` = kAcross vectors, the last one narrower.
+// In place, where `ld` is set: row-major with row stride `ld`, the number of columns a multiple of W.
 template <class E>
 struct Right {
   static constexpr int W = lanes<compute_t<E>>;
@@ -16,18 +20,18 @@ struct Right {
   int64_t groups() const { return ceil_div(vectors, kAcross); }
   int width(int64_t g) const { return int(imin(kAcross, vectors - g * kAcross)); }
   E* group(int64_t g) const { return const_cast<E*>(data) + g * kAcross * W * (ld ? 1 : depth); }
-  // From k (bf16: pair of k) to the next within a group.
+  // Distance from one k (bf16: pair of k) to the next within a group.
   int64_t step(int64_t g) const { return ld ? ld : width(g) * W * kPair<E>; }
 };
 
-// A left-hand matrix: row i at depth k (bf16: the pair of k) is at data[i * row + k / kPair * step].
+// The left operand: row i at depth k (bf16: the pair of k) is data[i * row + k / kPair * step].
 template <class E>
 struct Left {
   const E* data;
   int64_t row, step;
 };
 
-// acc += one step of depth, `at`, of a strip of rows times V vectors at b.
+// acc += a[i] b: one k (bf16: pair of k) of kStrip rows, at row[i] + at, times V vectors at b.
 template <class E, int V>
 FASTGRU_INLINE void strip_step(const E* const* row, int64_t at, const E* b, vec<compute_t<E>> (&acc)[kStrip][V]) {
   using C = compute_t<E>;
@@ -48,10 +52,10 @@ FASTGRU_INLINE void clear(vec<C> (&acc)[kStrip][V]) {
     for (int v = 0; v < V; ++v) acc[i][v] = vec<C>{};
 }
 
+// out = a b, out += a b, out = decay[row] out + a b.
 enum class Into { kStore, kAdd, kDecay };
 
-// out[kStrip][ld] = or += a strip of rows times V vectors; or out = out * decay[row] + that. Sums over k ascending, in
-// chains of kDepth.
+// One strip, out[kStrip][ld], and V vectors. Sums over k ascending, in chunks of kDepth that are added to `out`.
 template <class E, int V, Into into>
 static void strip_kernel(int64_t K, Left<E> a, const E* b, int64_t ldb, compute_t<E>* out, int64_t ld,
                          const compute_t<E>* decay) {
@@ -81,8 +85,8 @@ static void strip_kernel(int64_t K, Left<E> a, const E* b, int64_t ldb, compute_
   }
 }
 
-// Whole strips: `rows` is rounded up, what lies beyond is computed from whatever is there. Groups [g0, g1) of b, depth
-// [k0, k1) of both; out begins at column 0 of b. k0 is a multiple of kPair.
+// Rows [0, rows) of a, groups [g0, g1) of b and depth [k0, k1) of both; k0 is a multiple of kPair. `out` begins at
+// column 0 of b. Invariant: `a` and `out` reach up to whole strips of rows; rows of `out` from `rows` on are undefined.
 template <Into into, class E>
 static void multiply(int64_t rows, const Left<E>& a, const Right<E>& b, int64_t g0, int64_t g1, int64_t k0, int64_t k1,
                      compute_t<E>* out, int64_t ld, const compute_t<E>* decay = nullptr) {
@@ -106,7 +110,7 @@ static void multiply(int64_t rows, const Left<E>& a, const Right<E>& b, int64_t 
   }
 }
 
-// With all columns of b.
+// All columns of b.
 template <class E>
 static void multiply(Into into, int64_t rows, const Left<E>& a, const Right<E>& b, int64_t k0, int64_t k1,
                      compute_t<E>* out, int64_t ld, const compute_t<E>* decay = nullptr) {

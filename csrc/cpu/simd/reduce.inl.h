@@ -1,4 +1,5 @@
-// What attention needs of vectors beyond arithmetic. Included after simd.inc.
+// Lane operations of vectors: larger of two, exchange of halves, sum and maximum over lanes, lane indices, masks from
+// bytes; and stores of a product's operands. Included after simd.inc.
 
 template <class C>
 FASTGRU_INLINE typename Simd<C>::ivec lane_index() {
@@ -20,7 +21,7 @@ FASTGRU_INLINE vf32 larger(vf32 a, vf32 b) {
 }
 FASTGRU_INLINE vf64 larger(vf64 a, vf64 b) { return a > b ? a : b; }
 
-// The other half of every 2 D lanes.
+// v with the halves of every group of 2 D lanes exchanged.
 template <class C, int D>
 FASTGRU_INLINE vec<C> exchange(vec<C> v) {
   typename Simd<C>::ivec from;
@@ -28,6 +29,7 @@ FASTGRU_INLINE vec<C> exchange(vec<C> v) {
   for (int i = 0; i < lanes<C>; ++i) from[i] = i ^ D;
   return __builtin_shuffle(v, from);
 }
+// Halves are added first, neighbours last: the order is fixed, so the sum is the same bits everywhere.
 template <class C, int D = lanes<C> / 2>
 FASTGRU_INLINE C sum_lanes(vec<C> v) {
   v += exchange<C, D>(v);
@@ -46,8 +48,8 @@ FASTGRU_INLINE C max_lanes(vec<C> v) {
     return v[0];
 }
 
-// A weight as an operand of a product. The instruction rounds to nearest even, as store() does; it takes subnormal
-// numbers for zero.
+// Stores v as operands of a product, rounded to E. The bf16 instruction rounds to nearest even, as store() does, but
+// flushes subnormal numbers to zero.
 template <class E>
 FASTGRU_INLINE void store_operand(E* p, vec<compute_t<E>> v) {
   store(p, v);
@@ -59,7 +61,7 @@ FASTGRU_INLINE void store_operand(bf16* p, vf32 v) {
 }
 #endif
 
-// Whether a lane is above zero.
+// Whether any lane is above zero.
 template <class C>
 FASTGRU_INLINE bool any_positive(vec<C> v) {
 #if FASTGRU_VECTOR_BYTES == 64
@@ -72,7 +74,7 @@ FASTGRU_INLINE bool any_positive(vec<C> v) {
 #endif
 }
 
-// Two or more of them, side by side.
+// V vectors, contiguous. Two bf16 vectors take one instruction.
 template <int V, class E>
 FASTGRU_INLINE void store_operands(E* p, const vec<compute_t<E>>* v) {
 #pragma GCC unroll 4
@@ -91,6 +93,7 @@ FASTGRU_INLINE void store_operands(bf16* p, const vf32* v) {
 }
 #endif
 
+// Integers of 32 and 8 bits, one for each lane of C.
 template <class C>
 struct PerLane {
   typedef uint32_t bits __attribute__((vector_size(4 * lanes<C>)));
@@ -98,7 +101,7 @@ struct PerLane {
   typedef uint8_t bytes __attribute__((vector_size(lanes<C>)));
 };
 
-// v in the lanes whose byte is not 0, elsewhere -inf. Spelt out, because compilers take the bytes one by one.
+// v in the lanes whose byte is not 0, elsewhere -inf. In intrinsics, because compilers convert the bytes one by one.
 template <class C>
 FASTGRU_INLINE vec<C> hide_zeros(vec<C> v, typename PerLane<C>::bytes bytes) {
   const vec<C> bottom = splat<C>(-C(__builtin_inf()));
