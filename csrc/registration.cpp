@@ -2,7 +2,7 @@
 // every Python and every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/attention_op.h"
+#include "cpu/attention/op.h"
 #include "cpu/gru/op.h"
 #include "cpu/memory.h"
 #include "cpu/threads/backoff.h"

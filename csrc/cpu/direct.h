@@ -2,9 +2,9 @@
 // plain memory. No torch header is needed to include this.
 #pragma once
 
+#include "attention/types.h"
 #include "gru/types.h"
 #include "kernel_table.h"
-#include "kernels/attention_kernels.h"
 
 namespace fastgru {
 

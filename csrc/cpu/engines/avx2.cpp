@@ -1,7 +1,7 @@
 // The engine for AVX2 with FMA and F16C.
+#include "../attention/types.h"
 #include "../gru/types.h"
 #include "../kernel_table.h"
-#include "../kernels/attention_kernels.h"
 #include "../platform.h"
 #include "../threads/phases.h"
 

@@ -1,7 +1,7 @@
 // The AVX-512 engine with bf16 products on the processor's own instruction (AVX512_BF16). Only the bf16 entries differ.
+#include "../attention/types.h"
 #include "../gru/types.h"
 #include "../kernel_table.h"
-#include "../kernels/attention_kernels.h"
 #include "../platform.h"
 #include "../threads/phases.h"
 

@@ -32,7 +32,17 @@ namespace FASTGRU_ISA {
 #include "../gru/backward_products.inl.h"
 #include "../gru/few_units_backward.inl.h"
 #include "../gru/entry.inl.h"
-#include "../kernels/attention.inc"
+#include "../gemm/strip.inl.h"
+#include "../attention/exponential.inl.h"
+#include "../attention/dropout.inl.h"
+#include "../attention/visibility.inl.h"
+#include "../attention/scores.inl.h"
+#include "../attention/operands.inl.h"
+#include "../attention/online_softmax.inl.h"
+#include "../attention/forward.inl.h"
+#include "../attention/few_queries.inl.h"
+#include "../attention/backward.inl.h"
+#include "../attention/bias_gradient.inl.h"
 // clang-format on
 
 // One list for every storage type: a kernel that is missing here is missing everywhere.

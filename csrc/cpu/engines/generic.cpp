@@ -1,9 +1,9 @@
 // The engine in 128-bit vectors, for any processor.
 #include <new>
 
+#include "../attention/types.h"
 #include "../gru/types.h"
 #include "../kernel_table.h"
-#include "../kernels/attention_kernels.h"
 #include "../platform.h"
 #include "../threads/phases.h"
 

@@ -1,4 +1,4 @@
-// Attention on the CPU, as the schemas in fastgru/ops/attention_schema.py say.
+// Operators of attention on the CPU, on torch tensors; schemas in fastgru/ops/attention_schema.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -23,8 +23,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const OptionalTens
                                                               FASTGRU_ATTENTION_PARAMETERS, const Tensor& output,
                                                               const Tensor& statistics, bool need_bias_grad);
 
-// Without options: the same with few arguments, because it takes longer to pass fifteen than to compute a small
-// problem. The mask has one to four dimensions. Query has the heads of key, or with `grouped` a multiple of them.
+// The same without options: passing fifteen arguments through torch's dispatcher takes longer than a small problem.
+// The mask has one to four dimensions. Query has the heads of key, or with `grouped` a multiple of them.
 #define FASTGRU_PLAIN_PARAMETERS                                                           \
   const Tensor &query, const Tensor &key, const Tensor &value, const OptionalTensor &mask, \
       std::optional<double> scale, bool causal, bool bottom_right, bool grouped

@@ -1,15 +1,15 @@
-// The torch-free interface of attention on the CPU.
+// Arguments of the CPU kernels of attention, as plain pointers, sizes and strides: no torch header is needed.
 //
 // Equations, for query i of a head and key j of the key head that it shares with its group:
 //   x = scale * q_i . k_j         c = softcap * tanh(x / softcap), or x        s = c - slope |i + offset - j| + bias
 //   p = exp(s - m_i) / l_i        l_i = sum_j exp(s - m_i)                     o_i = sum_j drop(p) v_j
-// with a reference m_i near the largest s of the row, and lse_i = m_i + log l_i where it is asked for.
+// with m_i, a lazily updated maximum, near the largest s of the row, and lse_i = m_i + log l_i where it is asked for.
 // Backward, with delta_i = do_i . o_i - dlse_i, or sum_j p dp - dlse_i, which is the same:
 //   dp = drop(do_i . v_j)         ds = p (dp - delta_i)                        dx = ds (1 - (c / softcap)^2)
 //   dq_i = scale sum_j dx k_j     dk_j = scale sum_i dx q_i    dv_j = sum_i drop(p) do_i    dbias = ds
 // s is -inf where i may not see j, and where bias is -inf; what such a position holds, NaN included, reaches nothing. A
 // row that sees nothing has o = 0, l = 0 and lse = -inf. Saved for the backward pass: o, m and l. (lse alone would not
-// do: its rounding is that of the score, of which a large one leaves nothing of p.)
+// do: it is rounded as the score is, by 32 at a score of 1e9.)
 //
 // Letters: B sequences, Hq and Hk heads of queries and keys, Lq and Lk their lengths, D and Dv columns of keys and
 // values. Compute type: double for f64, otherwise float.
@@ -30,7 +30,7 @@ struct Heads {
   }
 };
 
-// Something for every score, [B, Hq, Lq, Lk]; strides are 0 where it is broadcast, that of keys is 0 or 1.
+// A bias or mask of the scores [B, Hq, Lq, Lk]; strides are 0 where it is broadcast, that of keys is 0 or 1.
 struct PerScore {
   const void* data;  // or null
   int64_t stride_b, stride_h, stride_l, stride_k;
@@ -42,7 +42,7 @@ struct AttentionShape {
   Heads k;                   // [B, Hk, Lk, D]
   Heads v;                   // [B, Hk, Lk, Dv]
   PerScore bias;             // storage type
-  PerScore mask;             // bytes, not 0: may be seen
+  PerScore mask;             // bytes; 0: hidden
   const int64_t* q_lengths;  // [B], within [0, Lq], or null
   const int64_t* k_lengths;  // [B], within [0, Lk], or null
   const void* slopes;        // ALiBi: compute type, slope of head h at b * slope_stride + h; or null

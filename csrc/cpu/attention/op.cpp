@@ -1,12 +1,12 @@
-// The tensor layer of attention on the CPU: from torch tensors to the structs of the engine and back.
-#include "attention_op.h"
+// Operators of attention on the CPU: checks tensors, fills the structs of types.h, and calls the engine.
+#include "op.h"
 
 #include <cmath>
 #include <string>
 
-#include "isa.h"
-#include "kernels/attention_kernels.h"
-#include "tensor.h"
+#include "../isa.h"
+#include "../tensor.h"
+#include "types.h"
 
 namespace fastgru {
 namespace {
@@ -32,15 +32,16 @@ Tensor empty_like_layout(const Tensor& like, int64_t columns) {
 
 Heads heads(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)}; }
 
+// Checked arguments of both passes. `held` keeps alive the tensors that `s` points into, copies among them.
 struct Problem {
   std::vector<Tensor> held;
   AttentionShape s{};
   DType dtype;
-  int32_t wide;  // the compute type
+  int32_t compute_dtype;
 
   Problem(FASTGRU_ATTENTION_PARAMETERS) : dtype(tensor_dtype(query)) {
     held.reserve(16);
-    wide = dtype == DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    compute_dtype = dtype == DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
     STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "fastgru: expected [B, H, L, D]");
     s.B = query.size(0), s.Hq = query.size(1), s.Lq = query.size(2), s.D = query.size(3);
     s.Hk = key.size(1), s.Lk = key.size(2), s.Dv = value.size(3);
@@ -54,7 +55,7 @@ struct Problem {
     if (k_lengths) s.k_lengths = lengths("k_lengths", *k_lengths, s.Lk);
     if (alibi_slopes) {
       const Tensor slopes = hold(*alibi_slopes);
-      STD_TORCH_CHECK(dtype_code(slopes) == wide && slopes.dim() == 2 && slopes.size(1) == s.Hq &&
+      STD_TORCH_CHECK(dtype_code(slopes) == compute_dtype && slopes.dim() == 2 && slopes.size(1) == s.Hq &&
                           (slopes.size(0) == 1 || slopes.size(0) == s.B),
                       "fastgru: alibi_slopes must be [B or 1, Hq] of the type computed in");
       s.slopes = slopes.const_data_ptr();
@@ -118,12 +119,13 @@ struct Problem {
 
 namespace {
 
-// Output, statistics and, if `lse` is given, that.
+// Returns output and statistics; writes lse unless null.
 std::tuple<Tensor, Tensor> forward(FASTGRU_ATTENTION_PARAMETERS, Tensor* lse) {
   const Problem problem(FASTGRU_ATTENTION_ARGUMENTS);
   const AttentionShape& s = problem.s;
-  Tensor output = empty_like_layout(query, s.Dv), statistics = contiguous_tensor(problem.wide, {2, s.B, s.Hq, s.Lq});
-  if (lse) *lse = contiguous_tensor(problem.wide, {s.B, s.Hq, s.Lq});
+  Tensor output = empty_like_layout(query, s.Dv),
+         statistics = contiguous_tensor(problem.compute_dtype, {2, s.B, s.Hq, s.Lq});
+  if (lse) *lse = contiguous_tensor(problem.compute_dtype, {s.B, s.Hq, s.Lq});
   Arena arena;
   current_kernels(problem.dtype)
       .attention_forward({s, heads(output), lse ? lse->mutable_data_ptr() : nullptr, statistics.mutable_data_ptr()},
@@ -131,7 +133,7 @@ std::tuple<Tensor, Tensor> forward(FASTGRU_ATTENTION_PARAMETERS, Tensor* lse) {
   return {output, statistics};
 }
 
-// Also of bias, into d_bias, unless that is null.
+// Returns the gradients of query, key and value; writes that of bias to d_bias unless null.
 std::tuple<Tensor, Tensor, Tensor> gradients(const OptionalTensor& grad_output, const OptionalTensor& grad_lse,
                                              FASTGRU_ATTENTION_PARAMETERS, const Tensor& output,
                                              const Tensor& statistics, Tensor* d_bias) {
@@ -150,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const OptionalTensor& grad_output, 
   b.out = problem.take_heads(output);
   if (grad_output) b.d_out = problem.take_heads(*grad_output);
   for (const Tensor& t : {statistics, grad_lse ? *grad_lse : statistics})
-    STD_TORCH_CHECK(dtype_code(t) == problem.wide,
+    STD_TORCH_CHECK(dtype_code(t) == problem.compute_dtype,
                     "fastgru: statistics and the gradient of lse must have the type computed in");
   b.statistics = problem.hold(statistics).const_data_ptr();
   if (grad_lse) b.d_lse = problem.hold(*grad_lse).const_data_ptr();
