@@ -551,7 +551,7 @@ def emulated(*names: str, changes: dict[str, str] | None = None, after: str = ""
     try:
         sys.modules.update(fakes)
         for name in names:
-            source = (KERNELS / f"{name}.py").read_text()
+            source = (KERNELS / f"{name.replace('.', '/')}.py").read_text()
             if name == names[-1]:
                 for old, new in (changes or {}).items():
                     start = source.index(after)

@@ -38,12 +38,12 @@ VARIANTS = {variant.name: variant for variant in BUILD["variants"]()}
 
 @pytest.fixture(scope="module")
 def common() -> Any:
-    return emulator.emulated("attn_sm90_common")
+    return emulator.emulated("attention_sm90.common")
 
 
 @pytest.fixture(scope="module")
 def forward() -> Any:
-    return emulator.emulated("attn_sm90_common", "attn_sm90_fwd")
+    return emulator.emulated("attention_sm90.common", "attention_sm90.forward")
 
 
 def scalars(*numbers: int) -> list[emulator.Scalar]:
@@ -231,7 +231,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_noticed(name: str, columns: int) -> None:
     """In the kernels' barriers and bounds: the tests above would not pass with any of them."""
-    wrong = emulator.emulated("attn_sm90_common", "attn_sm90_fwd", changes=dict([MISTAKES[name]]))
+    wrong = emulator.emulated("attention_sm90.common", "attention_sm90.forward", changes=dict([MISTAKES[name]]))
     shape = {"B": 1, "right": 0, "bottom_right": False, "Lq": 1100, "D": columns}
     # Many blocks of keys to a tile, and one: then the producer is far ahead.
     problems = [problem({**shape, "Lk": keys}) for keys in (1000, 40)]
@@ -403,7 +403,7 @@ for arguments in ((cubin, "absent", 0, 1), ("/nowhere", "x", 0, 1)):
     raw = (tmp_path / "parameters").read_bytes()
     parameters = [raw[sum(sizes[:n]) : sum(sizes[: n + 1])] for n in range(len(sizes))]
     place = dict(zip([id(t) for t in given], map(int, addresses.split()), strict=True))
-    source = emulator.emulated("attn_sm90_common", "attn_sm90_fwd").attention_forward
+    source = emulator.emulated("attention_sm90.common", "attention_sm90.forward").attention_forward
     for parameter in inspect.signature(source).parameters:
         if parameter in VARIANTS[name].constants:
             continue

@@ -23,7 +23,7 @@ from fastgru.backends.reference_attention import Attention
 from fastgru.ops import attention
 from fastgru.ops.attention_schema import ATTENTION_OPS
 
-SOURCES = ("attn_sm90_common", "attn_sm90_bwd")
+SOURCES = ("attention_sm90.common", "attention_sm90.backward")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_like_the_reference(name: str, kernels: Any) -> None:
 
 @pytest.fixture(scope="module")
 def forward() -> Any:
-    return emulator.emulated("attn_sm90_common", "attn_sm90_fwd")
+    return emulator.emulated("attention_sm90.common", "attention_sm90.forward")
 
 
 def whole(low: int, high: int, like: Tensor) -> Tensor:

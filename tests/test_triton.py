@@ -218,9 +218,10 @@ def test_why_it_cannot_run_and_the_remedy() -> None:
 @pytest.mark.skipif(backend._missing() is not None or backend.INTERPRETED, reason="needs Triton, not its interpreter")
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_launch_passes_what_the_first_one_did(monkeypatch: pytest.MonkeyPatch, backward: bool) -> None:
-    from fastgru.kernels import gru_bwd, gru_fwd
+    from fastgru.kernels.gru.backward import gru_backward_step
+    from fastgru.kernels.gru.forward import gru_forward_step
 
-    names = (gru_bwd.gru_backward_step if backward else gru_fwd.gru_forward_step).arg_names
+    names = (gru_backward_step if backward else gru_forward_step).arg_names
     calls: list[dict[str, Any]] = []
 
     class Compiled:
@@ -295,10 +296,10 @@ def test_tf32_where_torch_allows_it(H: int) -> None:
 
 @gpu
 def test_a_new_length_or_batch_does_not_compile_again(chosen: None) -> None:
-    from fastgru.kernels import gru_fwd
+    from fastgru.kernels.gru.forward import gru_forward_resident
 
     def compiled() -> int:
-        return sum(len(caches[0]) for caches in gru_fwd.gru_forward_resident.device_caches.values())
+        return sum(len(caches[0]) for caches in gru_forward_resident.device_caches.values())
 
     module = fastgru.GRU(8, 8, device=DEVICE)
     module(torch.randn(5, 3, 8, device=DEVICE))

@@ -3,17 +3,17 @@
     p = 2^(c(s - m_i)) / l_i    dp = drop(do_i . v_j)    ds = p (dp - delta_i)    dx = ds (1 - tanh^2), with softcap
     dq_i = scale sum_j dx k_j    dk_j = scale sum_i dx q_i    dv_j = sum_i drop(p) do_i    dbias_ij = ds
 
-with c, m and l of attn_fwd.py. A row whose l is 1 sees one key, or next to it no weights that 1 is not rounded by; that
+with c, m and l of forward.py. A row whose l is 1 sees one key, or next to it no weights that 1 is not rounded by; that
 leaves ds = p dlse_i, exactly 0 mostly: dp of such a row is taken to be 0, and delta, too, but for dlse.
 
-Pointers as in attn_fwd.py, and:
+Pointers as in forward.py, and:
     d_out like out; dq, dk, dv like q, k, v; delta [B, Hq, Lq] float32 contiguous: do_i . o_i, 0 if l_i = 1, less dlse_i
     d_bias [B, Hq, Lq, Lk] float32 contiguous: ds of every score, summed over what is broadcast by the caller
 """
 
 import triton
 import triton.language as tl
-from fastgru.kernels.attn_common import dropout_keep, finite, hide, key_range, lengths, scores
+from fastgru.kernels.attention.scores import dropout_keep, finite, hide, key_range, lengths, scores
 
 
 @triton.jit

@@ -7,7 +7,7 @@ c, ``factor``, is log2(e); or scale log2(e) where s and m are in units of the pr
 are multiples of differences, never differences of multiples, whose rounding is that of the score: so they are exact for
 scores of any size.
 
-One program per tile of queries of one head and per split of its keys; the scores are those of attn_common.py. With
+One program per tile of queries of one head and per split of its keys; the scores are those of scores.py. With
 several splits (few queries, many keys) each writes its own out, in float32, and its own statistics, and no lse: the
 caller joins them. Pointers:
     q [B, Hq, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv], out [B, Hq, Lq, Dv]: any strides but that of the last, 1
@@ -20,7 +20,7 @@ Saved for backward: out and statistics.
 
 import triton
 import triton.language as tl
-from fastgru.kernels.attn_common import dropout_keep, finite, hide, key_range, lengths, scores
+from fastgru.kernels.attention.scores import dropout_keep, finite, hide, key_range, lengths, scores
 
 
 @triton.jit

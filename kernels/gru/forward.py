@@ -1,16 +1,16 @@
-"""Forward recurrence of one GRU layer. gru_cell.py has the equations and the conventions.
+"""Forward recurrence of one GRU layer. cell.py has the equations and the conventions.
 
 The input projection i = x W_ih^T is finished before; these kernels compute g = h W_hh^T and the gates, step by step. h
 is carried in float32; rounded to the problem's dtype it is the output and the operand of the next product. With
 ``gates_ptr`` they save r, z, n, g_n + b_hn for backward.
 
 Shapes, all contiguous: i [N, D, 3H]; w_hh [D, 3H, H]; b_ih, b_hh [D, 3H] or None; hx, h_n [D, B, H]; output [N, D, H];
-gates [D, N, 4, GATE_STRIDE] or None; rows as in gru_cell.py, or None.
+gates [D, N, 4, GATE_STRIDE] or None; rows as in cell.py, or None.
 """
 
 import triton
 import triton.language as tl
-from fastgru.kernels.gru_cell import dot, gates, load_biases, narrow, row_steps, step_rows, store_gates
+from fastgru.kernels.gru.cell import dot, gates, load_biases, narrow, row_steps, step_rows, store_gates
 
 
 @triton.jit

@@ -3,14 +3,14 @@
     p_ij = 2^(c (q_i . k_j - m_i)) / l_i    dp_ij = do_i . v_j    ds_ij = p_ij (dp_ij - delta_i)
     dv_j = sum_i p_ij do_i    dk_j = scale sum_i ds_ij q_i    dq_i = scale sum_j ds_ij k_j
 
-with delta_i = do_i . o_i - dlse_i, c = scale log2(e) > 0, and m and l of attn_sm90_fwd.py. p is 0 where row i does not
-see key j; which it sees, reach and the diagonal are those of attn_sm90_fwd.py, too.
+with delta_i = do_i . o_i - dlse_i, c = scale log2(e) > 0, and m and l of forward.py. p is 0 where row i does not
+see key j; which it sees, reach and the diagonal are those of forward.py, too.
 
 One program per multiprocessor takes blocks of BLOCK_N keys of one key head, one after the other, as the plan says that
 the small kernel before it has written. For each it goes through the blocks of queries that see some of its keys, for
 every query head of the group. Two warpgroups compute, on scores that lie transposed, [keys, queries]: so p and ds go
 from registers into the products for dv and dk, whose sums stay in registers. A third group holds two warps: one has TMA
-fetch the tiles, through rings as in attn_sm90_fwd.py; the other has TMA add dq to float32 sums in memory.
+fetch the tiles, through rings as in forward.py; the other has TMA add dq to float32 sums in memory.
 
 With D = 64 and 128 a block has 128 keys, of which each warpgroup computes 64 (consume_keys). ds also goes to shared
 memory, because dq sums over the keys of both: each computes half of dq, half of its columns or, of 128 queries, half of
@@ -61,7 +61,7 @@ in float32.
 """
 
 import triton.language as tl
-from fastgru.kernels.attn_sm90_common import ROWS, has_odd, lengths_of, place_of, tile_of
+from fastgru.kernels.attention_sm90.common import ROWS, has_odd, lengths_of, place_of, tile_of
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -208,7 +208,7 @@ def half_of(at, heads, HALF: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.co
 @gluon.jit
 def hide(x, value, at, j0, i0):
     """x [64, queries], of the keys from j0 on and the queries from i0 on, with ``value`` where a query does not see a
-    key. As keep_below of attn_sm90_common.py, by the first column that sees each row."""
+    key. As keep_below of common.py, by the first column that sees each row."""
     layout: gl.constexpr = x.type.layout
     parts = x.reshape([x.shape[0], x.shape[1] // 8, 8])
     inner: gl.constexpr = parts.type.layout

@@ -2,7 +2,7 @@
 
 Written in Gluon, Triton's language one level below: layouts, shared memory, barriers and warps are chosen here. It is
 compiled ahead of time by tools/build_cubins.py, with the one Triton pinned there, for sm_90a. Letters as in
-attn_common.py; a tile of queries has 128 rows, 64 for each of the two warpgroups that compute.
+attention/scores.py; a tile of queries has 128 rows, 64 for each of the two warpgroups that compute.
 
 Hidden keys meet no query: in a block of keys that some row may not see in full, a weight of 0 would still turn a NaN or
 an infinity of a hidden value into NaN. Such blocks are looked through first.

@@ -24,11 +24,11 @@ when it needs it, from shared memory; and see query_tile.
 Descriptors, made by the host: q, o [B, Hq, Lq, D] in tiles of 64 rows, k, v [B, Hk, Lk, D] in tiles of BLOCK_N; what
 lies beyond a tensor reads as 0 and is not written. Pointers: lse [B, Hq, Lq] and statistics [2, B, Hq, Lq], m and l,
 both 0 where a row sees nothing, float32 contiguous; q_lengths and k_lengths [B] int64. Numbers: ``flags``, 1 if
-q_lengths are given, + 2 if k_lengths are, + 4 for bottom right; ``scale`` is c; ``section`` as in attn_sm90_common.py.
+q_lengths are given, + 2 if k_lengths are, + 4 for bottom right; ``scale`` is c; ``section`` as in common.py.
 Saved for backward: o and statistics.
 """
 
-from fastgru.kernels.attn_sm90_common import (
+from fastgru.kernels.attention_sm90.common import (
     BLOCK_M,
     ROWS,
     has_odd,

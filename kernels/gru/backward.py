@@ -1,4 +1,4 @@
-"""Backward recurrence of one GRU layer. gru_cell.py has the equations and the conventions.
+"""Backward recurrence of one GRU layer. cell.py has the equations and the conventions.
 
 The loop computes only the gradient of h, carried in float32, and the gradients of the gates; the products that give the
 gradients of x, W_ih, W_hh and the biases follow it, over all rows at once. With ' for the step that comes after in the
@@ -8,13 +8,13 @@ recurrence, and t for the gradient of the state that a step computes:
 
 Shapes, all contiguous: grad_output [N, D, H] or None; grad_h_n [D, B, H] or None; w_hh [D, 3H, H]; previous [N, D, H],
 the state before each row; gates [D, N, 4, GATE_STRIDE] as forward saved them; grad_gates [N, 4 * D * H]: first d_r,
-d_z, d_n of each direction, which is the gradient of i, then d_g of each; hx, grad_hx [D, B, H]; rows as in gru_cell.py,
+d_z, d_n of each direction, which is the gradient of i, then d_g of each; hx, grad_hx [D, B, H]; rows as in cell.py,
 or None.
 """
 
 import triton
 import triton.language as tl
-from fastgru.kernels.gru_cell import dot, gate_gradients, load_gates, narrow, row_steps, step_rows
+from fastgru.kernels.gru.cell import dot, gate_gradients, load_gates, narrow, row_steps, step_rows
 
 
 @triton.jit(do_not_specialize=["B"])

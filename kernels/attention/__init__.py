@@ -1,0 +1,1 @@
+"""Attention in Triton: masks, biases and dropout of a tile (scores), and the passes forward and backward."""

@@ -1,0 +1,1 @@
+"""The GRU's recurrence in Triton: one step's arithmetic (cell), and the loops forward and backward."""
