@@ -328,7 +328,7 @@ CUresult cuLaunchCooperativeKernel(CUfunction f, unsigned x, unsigned y, unsigne
 """
 REGISTRATION = r"""
 #include <torch/csrc/stable/library.h>
-#include "cuda/launch.h"
+#include "cuda/cubin_launch.h"
 STABLE_TORCH_LIBRARY(fastgru_launch_test, m) {
   m.def("load(str path, str symbol, int device, int shared) -> ()");
   m.def("launch(Tensor(a!)[] tensors, str path, str symbol, int device, int programs, bool cooperative, "
@@ -368,7 +368,7 @@ def test_the_launcher_passes_what_the_kernel_takes(compiled: dict[str, Any], tmp
     library = tmp_path / "launch.so"
     flags += [f"-I{ROOT / 'csrc'}", f"-I{Path(torch.__file__).parent / 'include'}", "-fvisibility=hidden"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    sources = [tmp_path / "registration.cpp", ROOT / "csrc" / "cuda" / "launch.cpp"]
+    sources = [tmp_path / "registration.cpp", ROOT / "csrc" / "cuda" / "cubin_launch.cpp"]
     linked = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
     subprocess.run([*flags, *sources, *linked, "-o", library], check=True)
     torch.save({"given": given, "plan": plan, "floats": floats, "sizes": sizes}, tmp_path / "launch.pt")

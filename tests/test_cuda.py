@@ -181,8 +181,8 @@ class EmulatedKernels(TorchKernels):
     """The kernels themselves, on the CPU: see test_cuda_emulation.py."""
 
     def __init__(self, loop: str) -> None:
-        self.rows = load("grid_emulation")
-        self.loop = load("emulation") if loop == "cluster" else self.rows
+        self.rows = load("gru_grid")
+        self.loop = load("gru_cluster") if loop == "cluster" else self.rows
         self.options = {"cluster": 4} if loop == "cluster" else {"each_direction": False}
 
     def how(self, layer: Layer, dtype: torch.dtype) -> dict[str, Any]:

@@ -30,7 +30,7 @@ INPUT = 5
 def emulation() -> ModuleType:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    return load()
+    return load("gru_cluster")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "gru_loop.h"
+#include "precision.h"
 
 #if !defined(__CUDACC__)
 #include "emulated_primitives.h"

@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <tuple>
 
+#include "cubin_launch.h"
 #include "device.h"
-#include "gru_op.h"
-#include "launch.h"
+#include "gru/op.h"
 
 namespace fastgru {
 namespace {

@@ -33,7 +33,7 @@ _ROWS = 128
 _FIELDS = 16
 _SECTION_BYTES = 32 * 2**20
 
-# Kinds of arguments, as csrc/cuda/launch.h numbers them.
+# Kinds of arguments, as csrc/cuda/cubin_launch.h numbers them.
 _MAP, _POINTER, _INTEGER, _NUMBER = range(4)
 
 # Why a launch failed; once it has, auto does not try again.

@@ -12,7 +12,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cuda/gru_loop.h"
+#include "cuda/gru/types.h"
 #include "machine.h"
 
 namespace emulation {

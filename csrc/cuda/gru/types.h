@@ -1,19 +1,18 @@
 // The recurrence of one GRU layer on a GPU: what a backend hands to a kernel that runs all its steps in one launch. No
 // torch and no CUDA header here.
 //
-// kernels/gru_cell.py has the equations. Layouts are those of the kernels there, so that the input projection before
+// kernels/gru/cell.py has the equations. Layouts are those of the kernels there, so that the input projection before
 // the loop and the products after it can be shared; all arrays are contiguous and lie on the current device.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/precision.h"
+
 struct CUstream_st;  // a cudaStream_t points to one
 
 namespace fastgru {
 namespace cuda {
-
-// The dtype of all arrays. tf32 stands for float32 arrays, rounded to TF32 as operands of products.
-enum class Precision { bf16, f16, tf32 };
 
 struct GruForwardLoop {
   Precision precision;
@@ -53,15 +52,6 @@ struct GruBackwardLoop {
 
 // Columns that one gate takes in `gates`; fastgru.backends.reference.gate_stride.
 constexpr int gate_stride(int hidden) { return (hidden + 15) / 16 * 16; }
-
-// W_hh resident in a cluster of multiprocessors. Both enqueue one launch on `stream`, neither allocate nor wait, and
-// may be captured in a CUDA graph. They return null, or the reason why nothing was enqueued, in words that stay valid.
-const char* gru_cluster_forward(const GruForwardLoop& loop, CUstream_st* stream);
-const char* gru_cluster_backward(const GruBackwardLoop& loop, CUstream_st* stream);
-
-// Null when a layer of this size runs on `device` forwards and backwards, else the reason. Sizes and limits are
-// checked, nothing is launched.
-const char* gru_cluster_why_not(int H, int B, Precision precision, int device);
 
 }  // namespace cuda
 }  // namespace fastgru

@@ -7,12 +7,12 @@
 //     n = tanh(i_n + b_in + r * (g_n + b_hn))         d_g = d_n * r
 //     h' = n + z * (h - n)                            t of the step before: grad_output + t * z + (d_r, d_z, d_g) W_hh
 //
-// gru_loop.h has every pointer. Saved for backward, where wanted: r, z, n, g_n + b_hn.
+// types.h has every pointer. Saved for backward, where wanted: r, z, n, g_n + b_hn.
 //
 // Who owns what. A group of blocks, one per tile of 16 hidden units, runs 8 * COLUMN_TILES rows of the batch in one
 // direction; groups know nothing of each other. A block has its tile's part of the matrix, forwards rows of the three
 // gates, backwards columns, in registers and shared memory. Its warps share the sum over the units, in slices; one
-// thread of 64 per 8 columns then adds the slices up and computes two units of one column, a *pair* (gru_operands.cuh),
+// thread of 64 per 8 columns then adds the slices up and computes two units of one column, a *pair* (operands.cuh),
 // whose h, or gradient of h, it carries in float32.
 //
 // The exchange. What all blocks need of a step, h or (d_r, d_z, d_g) as operand of the next product, lies in one of
@@ -33,8 +33,8 @@
 
 #include <algorithm>
 
-#include "grid_primitives.cuh"
-#include "gru_pair.cuh"
+#include "cuda/grid_primitives.cuh"
+#include "pair.cuh"
 
 namespace fastgru {
 namespace cuda {

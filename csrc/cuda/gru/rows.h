@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "gru_loop.h"
+#include "types.h"
 
 namespace fastgru {
 namespace cuda {
@@ -14,8 +14,8 @@ namespace cuda {
 const char* upload(const int32_t* host, int32_t* device, int n, CUstream_st* stream);
 
 struct GruRows {
-  int T, B, H, D, N;    // as in gru_loop.h
-  const int32_t* rows;  // as in gru_loop.h
+  int T, B, H, D, N;    // as in types.h
+  const int32_t* rows;  // as in types.h
 };
 
 // previous [N, D, H]: the state before each row, which is the output [N, D, H] of the step before where there is one,

@@ -1,10 +1,10 @@
-// See gru_rows.h, which has every pointer. No block needs another; memory is the limit.
+// See rows.h, which has every pointer. No block needs another; memory is the limit.
 #pragma once
 
 #include <algorithm>
 
-#include "gru_operands.cuh"
-#include "gru_rows.h"
+#include "operands.cuh"
+#include "rows.h"
 
 namespace fastgru {
 namespace cuda {

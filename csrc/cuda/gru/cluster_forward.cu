@@ -1,5 +1,6 @@
-#include "gru_cluster_fwd.cuh"
-#include "gru_cluster_launch.cuh"
+#include "cluster.h"
+#include "cluster_forward.cuh"
+#include "cluster_launch.cuh"
 
 namespace fastgru {
 namespace cuda {

@@ -29,8 +29,8 @@
 // So again a step pays for one block barrier and one message.
 #pragma once
 
-#include "gru_cluster_shape.h"
-#include "gru_cluster_thread.cuh"
+#include "cluster_shape.h"
+#include "cluster_thread.cuh"
 
 namespace fastgru {
 namespace cuda {

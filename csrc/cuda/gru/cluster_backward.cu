@@ -1,5 +1,6 @@
-#include "gru_cluster_bwd.cuh"
-#include "gru_cluster_launch.cuh"
+#include "cluster.h"
+#include "cluster_backward.cuh"
+#include "cluster_launch.cuh"
 
 namespace fastgru {
 namespace cuda {

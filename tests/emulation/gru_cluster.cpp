@@ -1,7 +1,7 @@
 // The persistent GRU kernels of csrc/cuda on the CPU, for Python: arrays in, arrays filled.
 #include "arrays.h"
-#include "cuda/gru_cluster_bwd.cuh"
-#include "cuda/gru_cluster_fwd.cuh"
+#include "cuda/gru/cluster_backward.cuh"
+#include "cuda/gru/cluster_forward.cuh"
 
 namespace py = pybind11;
 using namespace fastgru::cuda;
@@ -74,7 +74,7 @@ int shared_bytes(const std::string& direction, const std::string& precision, int
 
 }  // namespace
 
-PYBIND11_MODULE(_emulation, m) {
+PYBIND11_MODULE(_gru_cluster, m) {
   m.def("shared_bytes", shared_bytes);
   m.def("forward", forward, py::kw_only(), py::arg("precision"), py::arg("T"), py::arg("i"), py::arg("w_hh"),
         py::arg("b_ih"), py::arg("b_hh"), py::arg("hx"), py::arg("rows"), py::arg("output"), py::arg("h_n"),

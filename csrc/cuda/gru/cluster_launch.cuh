@@ -7,7 +7,7 @@
 #include <mutex>
 #include <tuple>
 
-#include "gru_cluster_shape.h"
+#include "cluster_shape.h"
 
 namespace fastgru {
 namespace cuda {

@@ -1,10 +1,10 @@
 // The recurrence of one GRU layer with W_hh spread over the whole GPU, one tile of 16 hidden units per multiprocessor:
-// for a large H and a small batch. No torch and no CUDA header here; gru_loop.h has the structs and the promises.
+// for a large H and a small batch. No torch and no CUDA header here; types.h has the structs and the promises.
 #pragma once
 
 #include <cstddef>
 
-#include "gru_loop.h"
+#include "types.h"
 
 namespace fastgru {
 namespace cuda {

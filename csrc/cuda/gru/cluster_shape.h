@@ -1,6 +1,6 @@
 // How a layer is spread over the blocks of a cluster and the warps of a block, and what lies where in shared memory.
 //
-// A cluster has one copy of W_hh and runs 8 or 16 rows of the batch ("columns", see gru_operands.cuh). The tiles of 16
+// A cluster has one copy of W_hh and runs 8 or 16 rows of the batch ("columns", see operands.cuh). The tiles of 16
 // hidden units are dealt out like cards: the block of rank r has tiles r, r + cluster, ..., in all three gates. Every
 // block gets one: hearing from all others in every step is what lets a block go on. What does not fit in registers is
 // read from shared memory in each step.
@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-#include "gru_operands.cuh"
+#include "operands.cuh"
 
 namespace fastgru {
 namespace cuda {

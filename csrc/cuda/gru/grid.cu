@@ -1,12 +1,12 @@
-// Launches of the kernels in gru_grid.cuh.
+// Launches of the kernels in grid.cuh.
 #include <cuda_runtime.h>
 
 #include <map>
 #include <mutex>
 #include <tuple>
 
-#include "gru_grid.cuh"
-#include "gru_grid.h"
+#include "grid.cuh"
+#include "grid.h"
 
 namespace fastgru {
 namespace cuda {

@@ -1,5 +1,5 @@
 // The tensor layer of the CUDA backend: from torch tensors to the structs of the kernels, on torch's device and stream.
-#include "gru_op.h"
+#include "op.h"
 
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -11,9 +11,10 @@
 #include <utility>
 #include <vector>
 
-#include "gru_grid.h"
-#include "gru_loop.h"
-#include "gru_rows.h"
+#include "cluster.h"
+#include "grid.h"
+#include "rows.h"
+#include "types.h"
 
 namespace fastgru {
 namespace cuda {

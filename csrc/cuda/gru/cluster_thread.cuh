@@ -1,7 +1,7 @@
 // What a thread of a cluster kernel is: in its cluster, and with which pair.
 #pragma once
 
-#include "gru_pair.cuh"
+#include "pair.cuh"
 
 namespace fastgru {
 namespace cuda {

@@ -1,7 +1,7 @@
-// Launches of the kernels in gru_rows.cuh, and the upload, which is all launch.
+// Launches of the kernels in rows.cuh, and the upload, which is all launch.
 #include <cuda_runtime.h>
 
-#include "gru_rows.cuh"
+#include "rows.cuh"
 
 namespace fastgru {
 namespace cuda {

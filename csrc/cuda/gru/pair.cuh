@@ -3,7 +3,7 @@
 // second, or both, may lie beyond H, where nothing is loaded and nothing stored.
 #pragma once
 
-#include "gru_operands.cuh"
+#include "operands.cuh"
 
 namespace fastgru {
 namespace cuda {

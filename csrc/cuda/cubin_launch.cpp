@@ -1,4 +1,4 @@
-#include "launch.h"
+#include "cubin_launch.h"
 
 #include <cuda.h>
 #include <dlfcn.h>

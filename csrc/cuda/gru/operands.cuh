@@ -15,7 +15,8 @@
 
 #include <type_traits>
 
-#include "primitives.cuh"
+#include "cuda/primitives.cuh"
+#include "types.h"
 
 namespace fastgru {
 namespace cuda {

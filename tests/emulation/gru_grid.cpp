@@ -1,7 +1,7 @@
-// The kernels of csrc/cuda/gru_grid.cuh and gru_rows.cuh on the CPU, for Python: arrays in, arrays filled.
+// The kernels of csrc/cuda/gru/grid.cuh and csrc/cuda/gru/rows.cuh on the CPU, for Python: arrays in, arrays filled.
 #include "arrays.h"
-#include "cuda/gru_grid.cuh"
-#include "cuda/gru_rows.cuh"
+#include "cuda/gru/grid.cuh"
+#include "cuda/gru/rows.cuh"
 
 namespace py = pybind11;
 using namespace fastgru::cuda;
@@ -141,7 +141,7 @@ int shared_bytes(const std::string& direction, const std::string& precision, int
 
 }  // namespace
 
-PYBIND11_MODULE(_grid_emulation, m) {
+PYBIND11_MODULE(_gru_grid, m) {
   m.def("forward", forward, py::kw_only(), py::arg("precision"), py::arg("T"), py::arg("i"), py::arg("w_hh"),
         py::arg("b_ih"), py::arg("b_hh"), py::arg("hx"), py::arg("rows"), py::arg("output"), py::arg("h_n"),
         py::arg("gates"), py::arg("column_tiles"), py::arg("each_direction"), py::arg("seed"),
