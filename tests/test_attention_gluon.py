@@ -264,7 +264,7 @@ def test_one_pin() -> None:
 
 
 @pinned
-@pytest.mark.parametrize("name", [f"forward_bfloat16_{columns}" for columns in COLUMNS])
+@pytest.mark.parametrize("name", [f"attention_forward_bfloat16_{columns}" for columns in COLUMNS])
 def test_compiles_to_what_is_meant(name: str, compiled: dict[str, Any], tmp_path: Path) -> None:
     kernel = compiled[name] = BUILD["compiled"](VARIANTS[name])
     code = BUILD["disassembled"](kernel.asm["cubin"], tmp_path)
@@ -345,7 +345,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgru_launch_test, CompositeExplicitAutograd, m) {
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 def test_the_launcher_passes_what_the_kernel_takes(compiled: dict[str, Any], tmp_path: Path) -> None:
     """Of the sizes that the cubin itself tells, in the order of the kernel's source."""
-    name = "forward_bfloat16_64"
+    name = "attention_forward_bfloat16_64"
     kernel = compiled.get(name) or BUILD["compiled"](VARIANTS[name])
     nvidia = Path(importlib.import_module("triton").__file__).parent / "backends" / "nvidia"
     cubin = tmp_path / "kernel.cubin"

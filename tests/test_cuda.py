@@ -187,7 +187,7 @@ class EmulatedKernels(TorchKernels):
 
     def how(self, layer: Layer, dtype: torch.dtype) -> dict[str, Any]:
         name = next(name for name, known in DTYPES.items() if known == dtype)
-        given = {"precision": name, "T": len(layer.sizes), "rows": raw(layer.table), "w_hh": raw(layer.w_hh)}
+        given = {"precision": name, "T": len(layer.sizes), "table": raw(layer.table), "w_hh": raw(layer.w_hh)}
         return given | {"column_tiles": 1, "seed": 0} | self.options
 
     def forward(self, layer: Layer, projected: Tensor, output: Tensor, h_n: Tensor, gates: Tensor | None) -> None:

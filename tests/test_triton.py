@@ -247,7 +247,7 @@ def test_every_launch_passes_what_the_first_one_did(monkeypatch: pytest.MonkeyPa
     work = Layer(backend.operators.kernels, *layer(66, True, True))
     tensors = tuple(name for name in names if name.endswith("_ptr"))
     backend.each_step(work, Kernel(), tensors, backend.plan(66, 3, 2, torch.float32, False), backward)
-    scalars = ("row_0", "size_0", "last_row_0", "last_size_0", "row_1", "size_1", "last_row_1", "last_size_1")
+    scalars = ("token_0", "size_0", "last_token_0", "last_size_0", "token_1", "size_1", "last_token_1", "last_size_1")
     forward = [(0, 3, 0, 0, 7, 1, 0, 0), (3, 2, 0, 3, 5, 2, 7, 1), (5, 2, 3, 2, 3, 2, 5, 2), (7, 1, 5, 2, 0, 3, 3, 2)]
     reverse = [(7, 1, 0, 0, 0, 3, 0, 0), (5, 2, 7, 1, 3, 2, 0, 3), (3, 2, 5, 2, 5, 2, 3, 2), (0, 3, 3, 2, 7, 1, 5, 2)]
     want = [*reverse, (0, 0, 0, 3, 0, 0, 7, 1)] if backward else forward

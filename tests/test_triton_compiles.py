@@ -20,7 +20,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # The matrix instruction of a tile of 64 rows; smaller tiles use HMMA everywhere.
 WIDE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-FIXED = {"rows_ptr": "*i32", "state_ptr": "*fp32", "carry_ptr": "*fp32"}
+FIXED = {"table_ptr": "*i32", "state_ptr": "*fp32", "carry_ptr": "*fp32"}
 
 
 def compiled(kernel: Any, constants: dict[str, Any], options: dict[str, Any], dtype: torch.dtype, arch: int) -> Any:

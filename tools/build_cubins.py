@@ -95,7 +95,7 @@ def variants() -> list[Variant]:
         rows = {"q_desc": 64, "k_desc": sizes["BLOCK_N"], "v_desc": sizes["BLOCK_N"], "o_desc": 64}
         found.append(
             Variant(
-                f"forward_{dtype}_{columns}", "attention_sm90.forward", "attention_forward", dtype,
+                f"attention_forward_{dtype}_{columns}", "attention_sm90.forward", "attention_forward", dtype,
                 {name: [1, 1, count, columns] for name, count in rows.items()},
                 sizes,
             )
@@ -107,7 +107,7 @@ def variants() -> list[Variant]:
         maps |= {"stats_desc": [1, 1, 4, block], "dq_desc": [1, 1, 64, 64]}
         found.append(
             Variant(
-                f"backward_{dtype}_{columns}", "attention_sm90.backward", "attention_backward", dtype, maps,
+                f"attention_backward_{dtype}_{columns}", "attention_sm90.backward", "attention_backward", dtype, maps,
                 {**sizes, "STAGES": 2, "DS_STAGES": 1, "DQ_STAGES": 2}, BACKWARD_INSTRUCTIONS,
                 # Else what depends on the thread is computed once for all partitions, and there are not registers
                 # enough to keep it.
@@ -117,8 +117,8 @@ def variants() -> list[Variant]:
         maps = {name: [1, 1, 64, width] for name in ("o_desc", "do_desc")}
         found.append(
             Variant(
-                f"backward_rows_{dtype}_{columns}", "attention_sm90.backward", "attention_backward_rows", dtype, maps,
-                sizes, ROWS_INSTRUCTIONS,
+                f"attention_backward_rows_{dtype}_{columns}", "attention_sm90.backward", "attention_backward_rows",
+                dtype, maps, sizes, ROWS_INSTRUCTIONS,
             )
         )  # fmt: skip
     return found

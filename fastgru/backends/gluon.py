@@ -65,7 +65,7 @@ def _supports(device: str, dtype: torch.dtype) -> str | None:
 
 
 def _name(a: Attention, kernel: str = "forward") -> str:
-    return f"{kernel}_{str(a.query.dtype).removeprefix('torch.')}_{a.query.shape[3]}"
+    return f"attention_{kernel}_{str(a.query.dtype).removeprefix('torch.')}_{a.query.shape[3]}"
 
 
 def why_not(a: Attention) -> str | None:
@@ -94,7 +94,7 @@ def why_not(a: Attention) -> str | None:
 
 def covers(dtype: torch.dtype) -> str:
     """The kernels there are for a dtype."""
-    head = f"forward_{str(dtype).removeprefix('torch.')}_"
+    head = f"attention_forward_{str(dtype).removeprefix('torch.')}_"
     found = sorted(int(name.removeprefix(head)) for name in manifest() or {} if name.startswith(head))
     return f"forward and backward with D = {', '.join(map(str, found)) or 'none'}"
 

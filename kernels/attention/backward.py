@@ -13,7 +13,7 @@ Pointers as in forward.py, and:
 
 import triton
 import triton.language as tl
-from fastgru.kernels.attention.scores import dropout_keep, finite, hide, key_range, lengths, scores
+from fastgru.kernels.attention.scores import dropout_keep, finite, key_range, lengths, propagate_nonfinite, scores
 
 
 @triton.jit
@@ -169,9 +169,9 @@ def attention_backward_keys(
                 window_right, drop_below, keep_scale,
                 IN_PRODUCTS, SOFTCAP, BIAS, MASK, ALIBI, LEFT, RIGHT, DROPOUT, PRECISION,
             )  # fmt: skip
-            # The branch in hide lies between the two products, which together take more registers than there are.
+            # The branch in propagate_nonfinite separates the two products: together they would spill registers.
             dv_sums += tl.dot(tl.trans(dropped).to(do_tile.dtype), finite(do_tile), input_precision=PRECISION)
-            dv_sums = hide(dv_sums, tl.trans(dropped), do_tile)
+            dv_sums = propagate_nonfinite(dv_sums, tl.trans(dropped), do_tile)
             dk_sums += tl.dot(tl.trans(dx).to(q_tile.dtype), finite(q_tile), input_precision=PRECISION)
     at = dk + b64 * dk_b + kh64 * dk_h + j[:, None].to(tl.int64) * dk_l + d[None, :]
     tl.store(at, (dk_sums * scale).to(dk.dtype.element_ty), mask=(j[:, None] < keys) & (d[None, :] < columns))

@@ -20,7 +20,7 @@ Saved for backward: out and statistics.
 
 import triton
 import triton.language as tl
-from fastgru.kernels.attention.scores import dropout_keep, finite, hide, key_range, lengths, scores
+from fastgru.kernels.attention.scores import dropout_keep, finite, key_range, lengths, propagate_nonfinite, scores
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def attention_forward(
         v_at = v + j[:, None].to(tl.int64) * v_l + dv[None, :]
         v_tile = tl.load(v_at, mask=exists & (dv[None, :] < value_columns), other=0.0)
         sums = sums * decay[:, None] + tl.dot(p.to(v_tile.dtype), finite(v_tile), input_precision=PRECISION)
-        sums = hide(sums, p, v_tile)
+        sums = propagate_nonfinite(sums, p, v_tile)
 
     empty = total == 0.0
     o = sums * tl.where(empty, 0.0, keep_scale / tl.where(empty, 1.0, total))[:, None]

@@ -110,11 +110,11 @@ def finite(x):
 
 
 @triton.jit
-def hide(sums, weights, x):
+def propagate_nonfinite(sums, weights, x):
     """``sums``, a sum of weights times finite(x), with NaN where a weight that is not zero met NaN or infinity."""
-    odd = tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 0.0, 1.0)
-    if tl.max(odd) > 0:
-        met = tl.dot(tl.where(weights != 0, 1.0, 0.0).to(x.dtype), odd.to(x.dtype))
+    nonfinite = tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 0.0, 1.0)
+    if tl.max(nonfinite) > 0:
+        met = tl.dot(tl.where(weights != 0, 1.0, 0.0).to(x.dtype), nonfinite.to(x.dtype))
         sums = tl.where(met > 0, float("nan"), sums)
     return sums
 

@@ -61,7 +61,7 @@ in float32.
 """
 
 import triton.language as tl
-from fastgru.kernels.attention_sm90.common import ROWS, has_odd, lengths_of, place_of, tile_of
+from fastgru.kernels.attention_sm90.common import ROWS, has_nonfinite, lengths_of, place_of, tile_of
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -206,7 +206,7 @@ def half_of(at, heads, HALF: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.co
 
 
 @gluon.jit
-def hide(x, value, at, j0, i0):
+def mask_hidden(x, value, at, j0, i0):
     """x [64, queries], of the keys from j0 on and the queries from i0 on, with ``value`` where a query does not see a
     key. As keep_below of common.py, by the first column that sees each row."""
     layout: gl.constexpr = x.type.layout
@@ -426,7 +426,7 @@ def consume_keys(
         dk = gl.zeros([ROWS, D], gl.float32, sums)
         dv = gl.zeros([ROWS, D], gl.float32, sums)
         mbarrier.wait(keys_full, gl.load(at + TURN) & 1)
-        if has_odd(k, ROWS, D) | has_odd(v, ROWS, D):
+        if has_nonfinite(k, ROWS, D) | has_nonfinite(v, ROWS, D):
             make_finite(k, ROWS, D)
             make_finite(v, ROWS, D)
             fence_async_shared()
@@ -448,7 +448,7 @@ def consume_keys(
             part = (i < gl.load(at + WHOLE)) | (i >= gl.load(at + WHOLE_END))
             if part:
                 # The other warpgroup does the same, maybe later: it writes what is already there.
-                if has_odd(q, BLOCK_M, D) | has_odd(do, BLOCK_M, D):
+                if has_nonfinite(q, BLOCK_M, D) | has_nonfinite(do, BLOCK_M, D):
                     make_finite(q, BLOCK_M, D)
                     make_finite(do, BLOCK_M, D)
                 fence_async_shared()
@@ -458,8 +458,8 @@ def consume_keys(
             if part:
                 j0 = half_of(at, 1, WHO, 2 * ROWS, D)[2]
                 if BLOCK_M == 64:
-                    s = hide(s, float("-inf"), at, j0, i * BLOCK_M)
-                dp = hide(dp, 0.0, at, j0, i * BLOCK_M)
+                    s = mask_hidden(s, float("-inf"), at, j0, i * BLOCK_M)
+                dp = mask_hidden(dp, 0.0, at, j0, i * BLOCK_M)
             s = warpgroup_mma(k, q.permute([1, 0]), s, is_async=True)
             dp = warpgroup_mma(v, do.permute([1, 0]), dp, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
@@ -468,7 +468,7 @@ def consume_keys(
             # other if it were done here.
             if BLOCK_M == 128:  # noqa: SIM102
                 if part:
-                    s = hide(s, float("-inf"), at, half_of(at, 1, WHO, 2 * ROWS, D)[2], i * BLOCK_M)
+                    s = mask_hidden(s, float("-inf"), at, half_of(at, 1, WHO, 2 * ROWS, D)[2], i * BLOCK_M)
             p = gl.exp2(s * scale)
             dp = warpgroup_mma_wait(0, deps=[dp])
             # Not before: the registers that it needs are those of what was taken from the scores.
@@ -554,7 +554,7 @@ def consume_columns(
         dk = gl.zeros([ROWS, COLUMNS], gl.float32, sums)
         dv = gl.zeros([ROWS, COLUMNS], gl.float32, sums)
         mbarrier.wait(keys_full, gl.load(at + TURN) & 1)
-        if has_odd(k, ROWS, COLUMNS) | has_odd(v, ROWS, COLUMNS):
+        if has_nonfinite(k, ROWS, COLUMNS) | has_nonfinite(v, ROWS, COLUMNS):
             make_finite(k, ROWS, COLUMNS)
             make_finite(v, ROWS, COLUMNS)
             fence_async_shared()
@@ -577,7 +577,7 @@ def consume_columns(
                 for half in gl.static_range(2):
                     q = columns_of(q_ring, slot, half, COLUMNS).slice(OWN, HALF)
                     do = columns_of(do_ring, slot, half, COLUMNS).slice(OWN, HALF)
-                    if has_odd(q, HALF, COLUMNS) | has_odd(do, HALF, COLUMNS):
+                    if has_nonfinite(q, HALF, COLUMNS) | has_nonfinite(do, HALF, COLUMNS):
                         make_finite(q, HALF, COLUMNS)
                         make_finite(do, HALF, COLUMNS)
                 fence_async_shared()
@@ -586,8 +586,8 @@ def consume_columns(
             dp, _ = gl.broadcast(stats.slice(3, 1).load(scores), no_scores)
             if part:
                 j0 = half_of(at, 1, WHO, ROWS, COLUMNS)[2]
-                s = hide(s, float("-inf"), at, j0, i * BLOCK_M + OWN)
-                dp = hide(dp, 0.0, at, j0, i * BLOCK_M + OWN)
+                s = mask_hidden(s, float("-inf"), at, j0, i * BLOCK_M + OWN)
+                dp = mask_hidden(dp, 0.0, at, j0, i * BLOCK_M + OWN)
             for half in gl.static_range(2):
                 q = columns_of(q_ring, slot, half, COLUMNS).slice(OWN, HALF)
                 s = warpgroup_mma(columns_of(k_room, 0, half, COLUMNS), q.permute([1, 0]), s, is_async=True)

@@ -124,7 +124,7 @@ def softmax_step(s, top, total, scale):
 
 
 @gluon.jit
-def has_odd(tile, LENGTH: gl.constexpr, D: gl.constexpr):
+def has_nonfinite(tile, LENGTH: gl.constexpr, D: gl.constexpr):
     """Whether NaN or infinity is in a tile [LENGTH, D] of shared memory: all bits of an exponent are set."""
     across: gl.constexpr = min(32, D // 8)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])

@@ -31,7 +31,7 @@ Saved for backward: o and statistics.
 from fastgru.kernels.attention_sm90.common import (
     BLOCK_M,
     ROWS,
-    has_odd,
+    has_nonfinite,
     keep_below,
     key_blocks,
     lengths_of,
@@ -179,13 +179,13 @@ def consume(
             s = warpgroup_mma(query_tile(q_ring, q_slot, n), k, nothing, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(slot), phase)
             v_tile = v_ring.index(slot).reshape([BLOCK_N, D])
-            odd = has_odd(v_tile, BLOCK_N, D)
+            nonfinite = has_nonfinite(v_tile, BLOCK_N, D)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(slot))
             s = keep_below(s, limit - j0)
             p, top, total, decay = softmax_step(s, top, total, scale)
             acc *= gl.convert_layout(decay, sum_row, assert_trivial=True)[:, None]
-            if odd:
+            if nonfinite:
                 acc = add_row_by_row(acc, p, rooms.index(WHO), v_tile, BLOCK_N)
             else:
                 acc = warpgroup_mma(gl.convert_layout(p.to(dtype), operand, assert_trivial=True), v_tile, acc)

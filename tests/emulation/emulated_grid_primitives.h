@@ -65,7 +65,7 @@ struct Exchange {
   int self() const { return (machine().block_y() * blocks_x + machine().block_x()) * in_block + machine().thread(); }
   bool is_victim() const { return machine().block_x() == 0 && machine().block_y() == 0; }
 
-  void set(uint32_t* at, const uint32_t* words, int n) {
+  void store(uint32_t* at, const uint32_t* words, int n) {
     for (int i = 0; i < n; ++i) machine().check_global(at + i, 4, true);
     const bool empty = words[0] == 0xffffffff;
     if (fault == GridFault::never_cleared && is_victim() && empty) return;
@@ -74,14 +74,14 @@ struct Exchange {
     std::vector<Set>& sets = waiting[self()];
     if (sets.empty()) active.push_back(self());
     sets.push_back({fences[self()], at, empty && waiting.size() <= 1024 && random() % 32 == 0, {words, words + n}});
-    machine().hesitate();
+    machine().maybe_yield();
   }
 
-  void look(const uint32_t* at, uint32_t* words, int n) {
+  void load(const uint32_t* at, uint32_t* words, int n) {
     // The machine cannot see that all of its threads look for what never comes.
     if (++idle > 4000 * waiting.size()) machine().fail("looked for a word that never came");
-    machine().hesitate();
-    if (!active.empty() && random() % delay == 0) arrive();
+    machine().maybe_yield();
+    if (!active.empty() && random() % delay == 0) make_one_visible();
     for (int i = 0; i < n; ++i) {
       machine().check_global(at + i, 4, false);
       const std::vector<Version>& versions = history[at + i - first];
@@ -104,7 +104,7 @@ struct Exchange {
   }
 
   // Lets one of the words that were set be seen, or none.
-  void arrive() {
+  void make_one_visible() {
     const size_t at = random() % active.size();
     std::vector<Set>& sets = waiting[active[at]];
     // Those before the thread's next fence; what it set in one place comes in order.
@@ -146,19 +146,19 @@ struct Exchange {
   std::vector<std::vector<Version>> history;
 };
 
-inline void peek(const uint32_t* from, uint32_t (&words)[2]) { Exchange::current()->look(from, words, 2); }
+inline void load_relaxed(const uint32_t* from, uint32_t (&words)[2]) { Exchange::current()->load(from, words, 2); }
 
 template <int N>
-inline void publish(uint32_t* to, const uint32_t (&words)[N]) {
-  Exchange::current()->set(to, words, N);
+inline void store_relaxed(uint32_t* to, const uint32_t (&words)[N]) {
+  Exchange::current()->store(to, words, N);
 }
 
 inline void fence_gpu() { Exchange::current()->fence(); }
 
-inline bool in_all_lanes(bool mine) {
+inline bool all_lanes(bool mine) {
   const Exchange& exchange = *Exchange::current();
   if (exchange.fault == GridFault::missing_wait && exchange.is_victim()) mine = true;
-  return machine().together<bool, bool>(mine, [](const bool* in, bool* out) {
+  return machine().warp_collective<bool, bool>(mine, [](const bool* in, bool* out) {
     const bool all = std::all_of(in, in + 32, [](bool one) { return one; });
     std::fill(out, out + 32, all);
   });

@@ -37,11 +37,11 @@ emulation::Grid grid_of(int B, int D, int cluster, int column_tiles, int bytes) 
 }
 
 void forward(const std::string& precision, int T, const Array& i, const Array& w_hh, const Array& b_ih,
-             const Array& b_hh, const py::array& hx, const Array& rows, const py::array& output, const Array& h_n,
+             const Array& b_hh, const py::array& hx, const Array& table, const py::array& output, const Array& h_n,
              const Array& gates, int cluster, int column_tiles, uint64_t seed, const std::string& fault) {
   Memory memory;
   const GruForwardLoop loop =
-      emulation::forward_loop(memory, precision, T, i, w_hh, b_ih, b_hh, hx, rows, output, h_n, gates);
+      emulation::forward_loop(memory, precision, T, i, w_hh, b_ih, b_hh, hx, table, output, h_n, gates);
   const ForwardShape shape = forward_shape(loop.H, loop.precision, cluster, column_tiles);
   const emulation::Grid grid = grid_of(loop.B, loop.D, cluster, column_tiles, shape.bytes);
   emulation::with_constants(loop.precision, column_tiles, [&](auto p, auto tiles) {
@@ -52,11 +52,11 @@ void forward(const std::string& precision, int T, const Array& i, const Array& w
 }
 
 void backward(const std::string& precision, int T, const Array& grad_output, const Array& grad_h_n, const Array& w_hh,
-              const py::array& previous, const Array& gates, const Array& rows, const Array& grad_gates,
+              const py::array& previous, const Array& gates, const Array& table, const Array& grad_gates,
               const py::array& grad_hx, int cluster, int column_tiles, uint64_t seed, const std::string& fault) {
   Memory memory;
   const GruBackwardLoop loop = emulation::backward_loop(memory, precision, T, grad_output, grad_h_n, w_hh, previous,
-                                                        gates, rows, grad_gates, grad_hx);
+                                                        gates, table, grad_gates, grad_hx);
   const BackwardShape shape = backward_shape(loop.H, loop.precision, cluster, column_tiles);
   const emulation::Grid grid = grid_of(loop.B, loop.D, cluster, column_tiles, shape.bytes);
   emulation::with_constants(loop.precision, column_tiles, [&](auto p, auto tiles) {
@@ -77,10 +77,10 @@ int shared_bytes(const std::string& direction, const std::string& precision, int
 PYBIND11_MODULE(_gru_cluster, m) {
   m.def("shared_bytes", shared_bytes);
   m.def("forward", forward, py::kw_only(), py::arg("precision"), py::arg("T"), py::arg("i"), py::arg("w_hh"),
-        py::arg("b_ih"), py::arg("b_hh"), py::arg("hx"), py::arg("rows"), py::arg("output"), py::arg("h_n"),
+        py::arg("b_ih"), py::arg("b_hh"), py::arg("hx"), py::arg("table"), py::arg("output"), py::arg("h_n"),
         py::arg("gates"), py::arg("cluster"), py::arg("column_tiles"), py::arg("seed"), py::arg("fault") = "none");
   m.def("backward", backward, py::kw_only(), py::arg("precision"), py::arg("T"), py::arg("grad_output"),
-        py::arg("grad_h_n"), py::arg("w_hh"), py::arg("previous"), py::arg("gates"), py::arg("rows"),
+        py::arg("grad_h_n"), py::arg("w_hh"), py::arg("previous"), py::arg("gates"), py::arg("table"),
         py::arg("grad_gates"), py::arg("grad_hx"), py::arg("cluster"), py::arg("column_tiles"), py::arg("seed"),
         py::arg("fault") = "none");
 }

@@ -1,7 +1,7 @@
-// The kernels of csrc/cuda/gru/grid.cuh and csrc/cuda/gru/rows.cuh on the CPU, for Python: arrays in, arrays filled.
+// The kernels of csrc/cuda/gru/grid.cuh and csrc/cuda/gru/tokens.cuh on the CPU, for Python: arrays in, arrays filled.
 #include "arrays.h"
 #include "cuda/gru/grid.cuh"
-#include "cuda/gru/rows.cuh"
+#include "cuda/gru/tokens.cuh"
 
 namespace py = pybind11;
 using namespace fastgru::cuda;
@@ -61,11 +61,11 @@ void launch(Precision precision, int H, int B, int D, int column_tiles, bool eac
 }
 
 void forward(const std::string& precision, int T, const Array& i, const Array& w_hh, const Array& b_ih,
-             const Array& b_hh, const py::array& hx, const Array& rows, const py::array& output, const Array& h_n,
+             const Array& b_hh, const py::array& hx, const Array& table, const py::array& output, const Array& h_n,
              const Array& gates, int column_tiles, bool each_direction, uint64_t seed, const std::string& fault) {
   Memory memory;
   const GruForwardLoop loop =
-      emulation::forward_loop(memory, precision, T, i, w_hh, b_ih, b_hh, hx, rows, output, h_n, gates);
+      emulation::forward_loop(memory, precision, T, i, w_hh, b_ih, b_hh, hx, table, output, h_n, gates);
   launch<3>(loop.precision, loop.H, loop.B, loop.D, column_tiles, each_direction, {seed, fault}, memory,
             [&](auto p, auto tiles, const GridShape& shape, int first, uint32_t* exchange) {
               gru_grid_forward_block<decltype(p)::value, decltype(tiles)::value>(loop, shape, first, exchange);
@@ -73,36 +73,36 @@ void forward(const std::string& precision, int T, const Array& i, const Array& w
 }
 
 void backward(const std::string& precision, int T, const Array& grad_output, const Array& grad_h_n, const Array& w_hh,
-              const py::array& previous, const Array& gates, const Array& rows, const Array& grad_gates,
+              const py::array& previous, const Array& gates, const Array& table, const Array& grad_gates,
               const py::array& grad_hx, int column_tiles, bool each_direction, uint64_t seed,
               const std::string& fault) {
   Memory memory;
   const GruBackwardLoop loop = emulation::backward_loop(memory, precision, T, grad_output, grad_h_n, w_hh, previous,
-                                                        gates, rows, grad_gates, grad_hx);
+                                                        gates, table, grad_gates, grad_hx);
   launch<1>(loop.precision, loop.H, loop.B, loop.D, column_tiles, each_direction, {seed, fault}, memory,
             [&](auto p, auto tiles, const GridShape& shape, int first, uint32_t* exchange) {
               gru_grid_backward_block<decltype(p)::value, decltype(tiles)::value>(loop, shape, first, exchange);
             });
 }
 
-void run_rows(int x, int y, const Memory& memory, const std::function<void()>& body) {
+void run_tokens(int x, int y, const Memory& memory, const std::function<void()>& body) {
   emulation::Grid grid;
-  grid.x = x, grid.y = y, grid.threads = ROW_THREADS;
+  grid.x = x, grid.y = y, grid.threads = TOKEN_THREADS;
   emulation::Machine(grid, {}, memory.regions).run(body);
 }
 
 // The word of the widest kernel that takes a row of H.
-void previous_states(int T, const py::array& output, const py::array& hx, const Array& rows,
+void previous_states(int T, const py::array& output, const py::array& hx, const Array& table,
                      const py::array& previous) {
   Memory memory;
-  GruRows s{T, int(hx.shape(1)), int(hx.shape(2)), int(hx.shape(0)), int(output.shape(0)), nullptr};
-  s.rows = static_cast<const int32_t*>(memory.add(rows));
+  GruTokens s{T, int(hx.shape(1)), int(hx.shape(2)), int(hx.shape(0)), int(output.shape(0)), nullptr};
+  s.table = static_cast<const int32_t*>(memory.add(table));
   const void* from[] = {memory.add(output), memory.add(hx)};
   void* to = memory.add_output(previous);
   const int row_bytes = s.H * int(hx.itemsize());
   const auto run = [&](auto word) {
     using Word = decltype(word);
-    run_rows(T * ((s.B + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK), s.D, memory, [&] {
+    run_tokens(T * ((s.B + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK), s.D, memory, [&] {
       gru_previous_states_block(s, row_bytes / int(sizeof(Word)), static_cast<const Word*>(from[0]),
                                 static_cast<const Word*>(from[1]), static_cast<Word*>(to));
     });
@@ -115,15 +115,15 @@ void previous_states(int T, const py::array& output, const py::array& hx, const 
     run(uint16_t());
 }
 
-void gates_of_rows(const std::string& precision, const py::array& i, const py::array& g, const Array& b_ih,
-                   const Array& b_hh, const py::array& gates) {
+void gates_of_tokens(const std::string& precision, const py::array& i, const py::array& g, const Array& b_ih,
+                     const Array& b_hh, const py::array& gates) {
   Memory memory;
-  const GruRows s{0, 0, int(i.shape(2)) / 3, int(i.shape(1)), int(i.shape(0)), nullptr};
+  const GruTokens s{0, 0, int(i.shape(2)) / 3, int(i.shape(1)), int(i.shape(0)), nullptr};
   const void* from[] = {memory.add(i), memory.add(g), memory.add(b_ih), memory.add(b_hh)};
   void* to = memory.add_output(gates);
   const auto run = [&](auto p) {
     using Stored = typename Numbers<decltype(p)::value>::Stored;
-    run_rows(s.N, s.D, memory, [&] {
+    run_tokens(s.N, s.D, memory, [&] {
       gru_gates_block<decltype(p)::value>(s, static_cast<const Stored*>(from[0]), static_cast<const Stored*>(from[1]),
                                           static_cast<const Stored*>(from[2]), static_cast<const Stored*>(from[3]),
                                           static_cast<Stored*>(to));
@@ -143,14 +143,14 @@ int shared_bytes(const std::string& direction, const std::string& precision, int
 
 PYBIND11_MODULE(_gru_grid, m) {
   m.def("forward", forward, py::kw_only(), py::arg("precision"), py::arg("T"), py::arg("i"), py::arg("w_hh"),
-        py::arg("b_ih"), py::arg("b_hh"), py::arg("hx"), py::arg("rows"), py::arg("output"), py::arg("h_n"),
+        py::arg("b_ih"), py::arg("b_hh"), py::arg("hx"), py::arg("table"), py::arg("output"), py::arg("h_n"),
         py::arg("gates"), py::arg("column_tiles"), py::arg("each_direction"), py::arg("seed"),
         py::arg("fault") = "none");
   m.def("shared_bytes", shared_bytes);
   m.def("previous_states", previous_states);
-  m.def("gates", gates_of_rows);
+  m.def("gates", gates_of_tokens);
   m.def("backward", backward, py::kw_only(), py::arg("precision"), py::arg("T"), py::arg("grad_output"),
-        py::arg("grad_h_n"), py::arg("w_hh"), py::arg("previous"), py::arg("gates"), py::arg("rows"),
+        py::arg("grad_h_n"), py::arg("w_hh"), py::arg("previous"), py::arg("gates"), py::arg("table"),
         py::arg("grad_gates"), py::arg("grad_hx"), py::arg("column_tiles"), py::arg("each_direction"), py::arg("seed"),
         py::arg("fault") = "none");
 }

@@ -97,7 +97,7 @@ class Machine {
       blocks_[b].warps.resize(warps);
       for (Warp& warp : blocks_[b].warps) warp.priority = random_();
     }
-    clusters_.assign(blocks / grid_.cluster, Rendezvous{});
+    clusters_.assign(blocks / grid_.cluster, ThreadBarrier{});
     // Each warp counts its own time, each barrier its phases.
     clock_size_ = blocks * (warps + MOST_BARRIERS);
     for (int w = 0; w < blocks * warps; ++w) {
@@ -143,7 +143,7 @@ class Machine {
   }
 
   void load_shared(uint32_t offset, void* to, size_t bytes) {
-    hesitate();
+    maybe_yield();
     std::memcpy(to, shared_of(block(), offset, bytes), bytes);
     for (uint32_t at = offset / 4; at < (offset + bytes) / 4; ++at) {
       Word& word = blocks_[block()].words[at];
@@ -156,28 +156,28 @@ class Machine {
   }
 
   void store_shared(uint32_t offset, const void* from, size_t bytes) {
-    hesitate();
+    maybe_yield();
     std::memcpy(shared_of(block(), offset, bytes), from, bytes);
-    const std::string race = written(block(), offset, bytes, clock(), warp(), clock()[warp()]);
+    const std::string race = record_write(block(), offset, bytes, clock(), warp(), clock()[warp()]);
     if (!race.empty()) fail(race);
   }
 
   // Lets others go first, now and then.
-  void hesitate() {
-    if (random_() % 16 == 0) pause();
+  void maybe_yield() {
+    if (random_() % 16 == 0) yield_now();
   }
 
   void sync_threads() {
     if (options_.fault == Fault::no_block_barrier && block() == victim_) return;
-    meet(blocks_[block()].rendezvous, grid_.threads, "the threads of its block");
+    arrive_and_wait(blocks_[block()].barrier_of_threads, grid_.threads, "the threads of its block");
   }
 
   void sync_cluster() {
     if (options_.fault == Fault::no_cluster_start && block() == victim_) return;
-    meet(clusters_[block() / grid_.cluster], grid_.threads * grid_.cluster, "the blocks of its cluster");
+    arrive_and_wait(clusters_[block() / grid_.cluster], grid_.threads * grid_.cluster, "the blocks of its cluster");
   }
 
-  void sync_grid() { meet(all_, int(fibers_.size()), "the blocks of the grid"); }
+  void sync_grid() { arrive_and_wait(all_, int(fibers_.size()), "the blocks of the grid"); }
 
   void barrier_init(uint32_t offset, uint32_t arrivals) {
     shared_of(block(), offset, 8);
@@ -196,7 +196,7 @@ class Machine {
     if (barrier.pending == 0) fail("more arrivals at a barrier than it was made for");
     barrier.bytes += bytes;
     --barrier.pending;
-    hand_on(barrier.next);
+    release_clock(barrier.next);
     end_phase(barrier);
   }
 
@@ -217,15 +217,15 @@ class Machine {
     shared_of(target, offset, 16);
     Message message{target, offset, barrier, {}, false, Clock(clock_size_)};
     std::memcpy(message.bytes, words, 16);
-    hand_on(message.clock);
+    release_clock(message.clock);
     if (options_.fault == Fault::lost_message && block() == victim_ && --lost_ == 0) return;
     messages_.push_back(std::move(message));
-    hesitate();
+    maybe_yield();
   }
 
   // Calls work(values of all lanes, in order) once, when all 32 lanes have come, then returns this lane's result.
   template <typename In, typename Out, typename Work>
-  Out together(const In& in, Work work) {
+  Out warp_collective(const In& in, Work work) {
     static_assert(sizeof(In) <= MAX_VALUE && sizeof(Out) <= MAX_VALUE);
     Warp& warp = blocks_[block()].warps[thread() / 32];
     const int lane = thread() % 32;
@@ -284,7 +284,7 @@ class Machine {
     unsigned char in[32][MAX_VALUE], out[32][MAX_VALUE];
   };
 
-  struct Rendezvous {
+  struct ThreadBarrier {
     int arrived = 0;
     std::vector<int> waiting;
     std::vector<int> warps;
@@ -313,7 +313,7 @@ class Machine {
     std::vector<Word> words;
     std::vector<Warp> warps;
     std::map<uint32_t, Barrier> barriers;
-    Rendezvous rendezvous;
+    ThreadBarrier barrier_of_threads;
     int finished = 0;
   };
 
@@ -388,7 +388,7 @@ class Machine {
       std::memcpy(block.shared.data() + message.offset, message.bytes, 16);
       message.written = true;
       Barrier& barrier = found->second;
-      what = written(target, message.offset, 16, message.clock, barrier.component, barrier.phase + 1);
+      what = record_write(target, message.offset, 16, message.clock, barrier.component, barrier.phase + 1);
     } else {
       found->second.bytes -= 16;
       join(found->second.next, message.clock);
@@ -400,7 +400,7 @@ class Machine {
   }
 
   // Notes a write by one that knows `clock`; an error in words if it need not come after all earlier accesses.
-  std::string written(int block, uint32_t offset, size_t bytes, const Clock& clock, int writer, uint32_t time) {
+  std::string record_write(int block, uint32_t offset, size_t bytes, const Clock& clock, int writer, uint32_t time) {
     for (uint32_t at = offset / 4; at < (offset + bytes) / 4; ++at) {
       Word& word = blocks_[block].words[at];
       if (word.writer >= 0 && word.written > clock[word.writer])
@@ -422,7 +422,7 @@ class Machine {
   }
 
   // Lets others know what this warp has done so far, but nothing that it does from now on.
-  void hand_on(Clock& to) {
+  void release_clock(Clock& to) {
     join(to, clock());
     ++clock()[warp()];
   }
@@ -435,20 +435,20 @@ class Machine {
     wake(barrier.waiting);
   }
 
-  void meet(Rendezvous& rendezvous, int all, const char* what) {
-    if (thread() % 32 == 0) rendezvous.warps.push_back(warp());
-    if (++rendezvous.arrived == all) {
-      rendezvous.arrived = 0;
+  void arrive_and_wait(ThreadBarrier& barrier_of_threads, int all, const char* what) {
+    if (thread() % 32 == 0) barrier_of_threads.warps.push_back(warp());
+    if (++barrier_of_threads.arrived == all) {
+      barrier_of_threads.arrived = 0;
       Clock everything(clock_size_);
-      for (int w : rendezvous.warps) join(everything, clocks_[w]);
-      for (int w : rendezvous.warps) {
+      for (int w : barrier_of_threads.warps) join(everything, clocks_[w]);
+      for (int w : barrier_of_threads.warps) {
         clocks_[w] = everything;
         ++clocks_[w][w];
       }
-      rendezvous.warps.clear();
-      wake(rendezvous.waiting);
+      barrier_of_threads.warps.clear();
+      wake(barrier_of_threads.waiting);
     } else {
-      wait(rendezvous.waiting, what);
+      wait(barrier_of_threads.waiting, what);
     }
   }
 
@@ -463,7 +463,7 @@ class Machine {
     waiting.clear();
   }
 
-  void pause() {
+  void yield_now() {
     runnable_.push_back(running_);
     leave();
   }
@@ -516,8 +516,8 @@ class Machine {
   std::vector<Block> blocks_;
   std::vector<Clock> clocks_;  // of the warps
   size_t clock_size_ = 0;
-  std::vector<Rendezvous> clusters_;
-  Rendezvous all_;
+  std::vector<ThreadBarrier> clusters_;
+  ThreadBarrier all_;
   std::vector<int> runnable_;
   std::vector<Message> messages_;
   int running_ = 0;

@@ -115,15 +115,15 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
 
   // What a step needs from memory is loaded as soon as that of the step before has been used.
   Saved<P> saved;
-  const auto row_of = [&](int step) { return first_row(loop.rows, time_of(step), loop.B) + b; };
+  const auto token_of = [&](int step) { return first_token(loop.table, time_of(step), loop.B) + b; };
   const auto is_active = [&](int step) { return time_of(step) < own.length; };
-  const auto load_step = [&](int64_t row, bool active) {
-    load_saved(loop, direction, own.unit, row, active, shape.gate_stride, saved);
+  const auto load_step = [&](int64_t token, bool active) {
+    load_saved(loop, direction, own.unit, token, active, shape.gate_stride, saved);
   };
-  int row = 0;
+  int token = 0;
   if (steps > 0) {
-    row = row_of(0);
-    load_step(row, is_active(0));
+    token = token_of(0);
+    load_step(token, is_active(0));
   }
 
   for (int step = 0; step < steps; ++step) {
@@ -142,10 +142,10 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
                          Num::pair_offset(own.column, own.pair),
                      words);
       }
-      if (active) store_gradients<P>(loop, direction, own.unit, row, d);
+      if (active) store_gradients<P>(loop, direction, own.unit, token, d);
       if (step + 1 < steps) {
-        row = row_of(step + 1);
-        load_step(row, is_active(step + 1));
+        token = token_of(step + 1);
+        load_step(token, is_active(step + 1));
       }
     }
     sync_threads();

@@ -2,9 +2,9 @@
 //
 //     g = h W_hh^T
 //     r = sigmoid(i_r + b_ir + g_r + b_hr)            z = sigmoid(i_z + b_iz + g_z + b_hz)
-//     n = tanh(i_n + b_in + r * (g_n + b_hn))         h' = n + z * (h - n)
+//     n = tanh(i_n + b_in + r * q)                 h' = n + z * (h - n)
 //
-// GruForwardLoop has every pointer. Saved for backward, where wanted: r, z, n, g_n + b_hn.
+// GruForwardLoop has every pointer. Saved for backward, where wanted: r, z, n, q.
 //
 // Who owns what. A cluster runs 8 * COLUMN_TILES rows of the batch in one direction; clusters know nothing of each
 // other. A block owns some tiles of 16 hidden units, in all three gates, and has their rows of W_hh in registers and
@@ -130,12 +130,12 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
 
   // A step's projection is loaded at the end of the step before, and comes while h is on its way.
   Stored i_gates[3][2];
-  const auto row_of = [&](int step) { return first_row(loop.rows, time_of(step), loop.B) + b; };
+  const auto token_of = [&](int step) { return first_token(loop.table, time_of(step), loop.B) + b; };
   const auto is_active = [&](int step) { return time_of(step) < own.length; };
-  int row = 0;
+  int token = 0;
   if (steps > 0) {
-    row = row_of(0);
-    load_projection<P>(loop, direction, own.unit, row, is_active(0), i_gates);
+    token = token_of(0);
+    load_projection<P>(loop, direction, own.unit, token, is_active(0), i_gates);
   }
 
   for (int step = 0; step < steps; ++step) {
@@ -224,10 +224,10 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
         }
       }
 
-      if (active) store_state<P>(loop, direction, own.unit, row, shape.gate_stride, h, gates);
+      if (active) store_state<P>(loop, direction, own.unit, token, shape.gate_stride, h, gates);
       if (step + 1 < steps) {
-        row = row_of(step + 1);
-        load_projection<P>(loop, direction, own.unit, row, is_active(step + 1), i_gates);
+        token = token_of(step + 1);
+        load_projection<P>(loop, direction, own.unit, token, is_active(step + 1), i_gates);
       }
     }
   }

@@ -21,12 +21,12 @@ struct ClusterThread {
     thread = thread_index(), warp = thread / 32, lane = thread % 32;
     rank = cluster_rank(), direction = block_index_y();
     tiles = (shape.tiles - rank + shape.cluster - 1) / shape.cluster;
-    b0 = block_index_x() / shape.cluster * (COLUMNS * COLUMN_TILES), steps = row_steps(loop.rows, loop.T, b0);
+    b0 = block_index_x() / shape.cluster * (COLUMNS * COLUMN_TILES), steps = row_steps(loop.table, loop.T, b0);
     index = thread / 64 / COLUMN_TILES, column_tile = thread / 64 % COLUMN_TILES;
     column = thread % 64 / 8, place = thread % 8, pair = Numbers<P>::pair_of(place);
     has_pair = index < tiles;
     b = b0 + column_tile * COLUMNS + column;
-    length = has_pair && b < loop.B ? row_steps(loop.rows, loop.T, b) : 0;
+    length = has_pair && b < loop.B ? row_steps(loop.table, loop.T, b) : 0;
     tile = rank + index * shape.cluster;
     unit[0] = tile * TILE + pair, unit[1] = unit[0] + 8;
   }

@@ -154,7 +154,7 @@ struct GridProduct {
       if (chunk + i < block_count)
 #pragma unroll
         for (int columns = 0; columns < COLUMN_TILES; ++columns)
-          peek(from + ((chunk + i) * COLUMN_TILES + columns) * (BLOCK_BYTES / 4), right[i][columns]);
+          load_relaxed(from + ((chunk + i) * COLUMN_TILES + columns) * (BLOCK_BYTES / 4), right[i][columns]);
     };
     const auto wait = [&](int chunk) {
       while (true) {
@@ -164,7 +164,7 @@ struct GridProduct {
 #pragma unroll
           for (int columns = 0; columns < COLUMN_TILES; ++columns)
             if (chunk + i < block_count) all = all && right[i][columns][0] != EMPTY && right[i][columns][1] != EMPTY;
-        if (in_all_lanes(all)) return;
+        if (all_lanes(all)) return;
 #pragma unroll
         for (int i = 0; i < CHUNK; ++i) fetch(chunk, i);
       }
@@ -254,14 +254,14 @@ struct GridExchange {
   FASTGRU_DEVICE void set(int step, int at, float low, float high) const {
     uint32_t pair[Num::PAIR_WORDS];
     Num::to_operand(low, high, pair);
-    publish(place(step) + at, pair);
+    store_relaxed(place(step) + at, pair);
   }
 
   FASTGRU_DEVICE void clear(int step, int at) const {
     uint32_t pair[Num::PAIR_WORDS];
 #pragma unroll
     for (int i = 0; i < Num::PAIR_WORDS; ++i) pair[i] = EMPTY;
-    publish(place(step) + at, pair);
+    store_relaxed(place(step) + at, pair);
   }
 };
 
@@ -297,8 +297,8 @@ FASTGRU_DEVICE void gru_grid_forward_block(const GruForwardLoop& loop, const Gri
   const GridExchange<P, 3, COLUMN_TILES> all{
       shape, exchange + int64_t(direction * shape.groups + own.group) * BUFFERS * shape.operand_words};
   // Rows are sorted by length: the first of the group is the longest.
-  const int steps = row_steps(loop.rows, loop.T, own.b0);
-  const int length = own.has_pair && b < loop.B ? row_steps(loop.rows, loop.T, b) : 0;
+  const int steps = row_steps(loop.table, loop.T, own.b0);
+  const int length = own.has_pair && b < loop.B ? row_steps(loop.table, loop.T, b) : 0;
   const auto time_of = [&](int step) { return direction == 0 ? step : steps - 1 - step; };
 
   const auto w_hh = static_cast<const Stored*>(loop.w_hh) + int64_t(direction) * 3 * H * H;
@@ -329,10 +329,10 @@ FASTGRU_DEVICE void gru_grid_forward_block(const GruForwardLoop& loop, const Gri
   // A step's projection is loaded as soon as the one before has been used, most of a step ahead; its row is known by
   // then.
   Stored i_gates[3][2];
-  const auto row_of = [&](int step) { return first_row(loop.rows, time_of(min(step, steps - 1)), loop.B) + b; };
+  const auto token_of = [&](int step) { return first_token(loop.table, time_of(min(step, steps - 1)), loop.B) + b; };
   const auto is_active = [&](int step) { return step < steps && time_of(step) < length; };
-  int row = row_of(0), next_row = row_of(1);
-  load_projection<P>(loop, direction, own.unit, row, is_active(0), i_gates);
+  int token = token_of(0), next_token = token_of(1);
+  load_projection<P>(loop, direction, own.unit, token, is_active(0), i_gates);
 
   for (int step = 0; step < steps; ++step) {
     product.multiply(step, all);
@@ -349,11 +349,11 @@ FASTGRU_DEVICE void gru_grid_forward_block(const GruForwardLoop& loop, const Gri
     }
     fence_gpu();
     if (own.has_pair) {
-      load_projection<P>(loop, direction, own.unit, next_row, is_active(step + 1), i_gates);
-      if (active) store_state<P>(loop, direction, own.unit, row, shape.gate_stride, h, gates);
+      load_projection<P>(loop, direction, own.unit, next_token, is_active(step + 1), i_gates);
+      if (active) store_state<P>(loop, direction, own.unit, token, shape.gate_stride, h, gates);
     }
-    row = next_row;
-    next_row = row_of(step + 2);
+    token = next_token;
+    next_token = token_of(step + 2);
   }
 
   if (own.has_pair && b < loop.B)
@@ -371,8 +371,8 @@ FASTGRU_DEVICE void gru_grid_backward_block(const GruBackwardLoop& loop, const G
   const int direction = own.direction, b = own.b;
   const GridExchange<P, 1, COLUMN_TILES> all{
       shape, exchange + int64_t(direction * shape.groups + own.group) * BUFFERS * shape.operand_words};
-  const int steps = row_steps(loop.rows, loop.T, own.b0);
-  const int length = own.has_pair && b < loop.B ? row_steps(loop.rows, loop.T, b) : 0;
+  const int steps = row_steps(loop.table, loop.T, own.b0);
+  const int length = own.has_pair && b < loop.B ? row_steps(loop.table, loop.T, b) : 0;
   const auto time_of = [&](int step) { return direction == 0 ? steps - 1 - step : step; };
 
   // Of W_hh^T: the rows are the tile's units, the sum is over the units of the gates, one gate after the other.
@@ -395,13 +395,13 @@ FASTGRU_DEVICE void gru_grid_backward_block(const GruBackwardLoop& loop, const G
 
   // What forward left of a step is loaded most of a step ahead.
   Saved<P> saved;
-  const auto row_of = [&](int step) { return first_row(loop.rows, time_of(min(step, steps - 1)), loop.B) + b; };
+  const auto token_of = [&](int step) { return first_token(loop.table, time_of(min(step, steps - 1)), loop.B) + b; };
   const auto is_active = [&](int step) { return step < steps && time_of(step) < length; };
-  const auto load_step = [&](int64_t row, bool active) {
-    load_saved(loop, direction, own.unit, row, active, shape.gate_stride, saved);
+  const auto load_step = [&](int64_t token, bool active) {
+    load_saved(loop, direction, own.unit, token, active, shape.gate_stride, saved);
   };
-  int row = row_of(0), next_row = row_of(1);
-  load_step(row, is_active(0));
+  int token = token_of(0), next_token = token_of(1);
+  load_step(token, is_active(0));
 
   // The gradients of the gates of a step, for the others and for the products after the loop.
   float d[4][2];
@@ -414,11 +414,11 @@ FASTGRU_DEVICE void gru_grid_backward_block(const GruBackwardLoop& loop, const G
               active ? d[gate == 2 ? 3 : gate][0] : 0, active ? d[gate == 2 ? 3 : gate][1] : 0);
   };
   const auto store_step = [&](bool active) {
-    if (active) store_gradients<P>(loop, direction, own.unit, row, d);
+    if (active) store_gradients<P>(loop, direction, own.unit, token, d);
   };
   if (own.has_pair) {
     begin_step(0);
-    load_step(next_row, is_active(1));
+    load_step(next_token, is_active(1));
     store_step(is_active(0));
   }
 
@@ -426,8 +426,8 @@ FASTGRU_DEVICE void gru_grid_backward_block(const GruBackwardLoop& loop, const G
     product.multiply(step, all);
     sync_threads();
 
-    row = next_row;
-    next_row = row_of(step + 2);
+    token = next_token;
+    next_token = token_of(step + 2);
     if (own.has_pair) {
       float through[1][2];
       Product::collect(step, own.column_tile, own.column, own.pair, through);
@@ -439,7 +439,7 @@ FASTGRU_DEVICE void gru_grid_backward_block(const GruBackwardLoop& loop, const G
     }
     fence_gpu();
     if (own.has_pair && step + 1 < steps) {
-      load_step(next_row, is_active(step + 2));
+      load_step(next_token, is_active(step + 2));
       store_step(is_active(step + 1));
     }
   }

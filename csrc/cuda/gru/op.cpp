@@ -13,7 +13,7 @@
 
 #include "cluster.h"
 #include "grid.h"
-#include "rows.h"
+#include "tokens.h"
 #include "types.h"
 
 namespace fastgru {
@@ -144,7 +144,7 @@ void* result(const Tensor& t, const char* name, const Tensor& like, std::vector<
   return t.mutable_data_ptr();
 }
 
-const int32_t* rows_of(const OptionalTensor& table, int64_t steps, const Tensor& like, int64_t batch) {
+const int32_t* table_of(const OptionalTensor& table, int64_t steps, const Tensor& like, int64_t batch) {
   if (!table) return nullptr;
   STD_TORCH_CHECK(table->is_contiguous() && table->scalar_type() == ScalarType::Int && table->is_cuda() &&
                       table->get_device_index() == like.get_device_index() && table->numel() == steps + 1 + batch,
@@ -184,7 +184,7 @@ std::string loop_forward(const Tensor& projected, const Tensor& w_hh, const Opti
   f.b_ih = input(b_ih, "b_ih", hx, {D, 3 * H});
   f.b_hh = input(b_hh, "b_hh", hx, {D, 3 * H});
   f.hx = input(hx, "hx", hx, {D, B, H});
-  f.rows = rows_of(table, steps, hx, B);
+  f.table = table_of(table, steps, hx, B);
   f.output = result(output, "output", hx, {N, D * H});
   f.h_n = result(h_n, "h_n", hx, {D, B, H});
   f.gates = gates ? result(*gates, "gates", hx, {D, N, 4 * gate_stride(f.H)}) : nullptr;
@@ -212,7 +212,7 @@ std::string loop_backward(const OptionalTensor& grad_output, const OptionalTenso
   f.w_hh = input(w_hh, "w_hh", grad_hx, {D, 3 * H, H});
   f.previous = input(previous, "previous", grad_hx, {N, D, H});
   f.gates = input(gates, "gates", grad_hx, {D, N, 4 * gate_stride(f.H)});
-  f.rows = rows_of(table, steps, grad_hx, B);
+  f.table = table_of(table, steps, grad_hx, B);
   f.grad_gates = result(grad_gates, "grad_gates", grad_hx, {N, 4 * D * H});
   f.grad_hx = result(grad_hx, "grad_hx", grad_hx, {D, B, H});
   const DeviceGuard guard(device);
@@ -237,9 +237,9 @@ void previous_states(const Tensor& output, const Tensor& hx, const OptionalTenso
   const int64_t D = hx.size(0), B = hx.size(1), H = hx.size(2), N = previous.size(0);
   STD_TORCH_CHECK(table || N == steps * B, "fastgru: expected ", steps * B, " rows of all steps, got ", N);
   const int device = hx.get_device_index();
-  const GruRows rows{small(steps), small(B), small(H), small(D), small(N), rows_of(table, steps, hx, B)};
+  const GruTokens tokens{small(steps), small(B), small(H), small(D), small(N), table_of(table, steps, hx, B)};
   const DeviceGuard guard(device);
-  raise(gru_previous_states(rows, int(hx.element_size()), input(output, "output", hx, {N, D * H}),
+  raise(gru_previous_states(tokens, int(hx.element_size()), input(output, "output", hx, {N, D * H}),
                             input(hx, "hx", hx, {D, B, H}), result(previous, "previous", hx, {N, D, H}),
                             current_stream(device)));
 }
@@ -248,16 +248,16 @@ void gates(const Tensor& projected, const Tensor& recurrent, const OptionalTenso
            const Tensor& gates) {
   STD_TORCH_CHECK(recurrent.dim() == 3 && recurrent.is_cuda(), "fastgru: expected recurrent [N, D, 3H] on a GPU");
   const int64_t N = recurrent.size(0), D = recurrent.size(1), H = recurrent.size(2) / 3;
-  GruRows rows{0, 0, small(H), small(D), small(N), nullptr};
+  GruTokens tokens{0, 0, small(H), small(D), small(N), nullptr};
   Precision precision;
   precision_of(recurrent.scalar_type(), true, &precision);
   STD_TORCH_CHECK(b_ih.has_value() == b_hh.has_value(), "fastgru: expected both biases, or none");
   const int device = recurrent.get_device_index();
   const DeviceGuard guard(device);
-  raise(gru_gates(rows, precision, input(projected, "projected", recurrent, {N, D * 3 * H}),
+  raise(gru_gates(tokens, precision, input(projected, "projected", recurrent, {N, D * 3 * H}),
                   input(recurrent, "recurrent", recurrent, {N, D, 3 * H}), input(b_ih, "b_ih", recurrent, {D, 3 * H}),
                   input(b_hh, "b_hh", recurrent, {D, 3 * H}),
-                  result(gates, "gates", recurrent, {D, N, 4 * gate_stride(rows.H)}), current_stream(device)));
+                  result(gates, "gates", recurrent, {D, N, 4 * gate_stride(tokens.H)}), current_stream(device)));
 }
 
 }  // namespace cuda

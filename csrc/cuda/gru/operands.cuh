@@ -111,9 +111,11 @@ FASTGRU_DEVICE float tanh(float x) {
 }
 
 // First row of step t, and number of steps of batch row b; GruForwardLoop has what `rows` is.
-FASTGRU_DEVICE int first_row(const int32_t* rows, int t, int B) { return rows ? load_constant(rows + t) : t * B; }
+FASTGRU_DEVICE int first_token(const int32_t* table, int t, int B) { return table ? load_constant(table + t) : t * B; }
 
-FASTGRU_DEVICE int row_steps(const int32_t* rows, int T, int b) { return rows ? load_constant(rows + T + 1 + b) : T; }
+FASTGRU_DEVICE int row_steps(const int32_t* table, int T, int b) {
+  return table ? load_constant(table + T + 1 + b) : T;
+}
 
 }  // namespace cuda
 }  // namespace fastgru

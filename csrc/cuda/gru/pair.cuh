@@ -18,7 +18,7 @@ FASTGRU_DEVICE void store_pair(const int (&unit)[2], typename Numbers<P>::Stored
 
 // --- Forwards
 
-// Bias of r, z, n or g_n, by `kind`, those of r and z summed, as it is kept in shared memory: registers are for
+// Bias of r, z, n or q, by `kind`, those of r and z summed, as it is kept in shared memory: registers are for
 // weights.
 template <Precision P>
 FASTGRU_DEVICE void load_bias(const GruForwardLoop& loop, int direction, const int (&unit)[2], int kind,
@@ -36,10 +36,10 @@ FASTGRU_DEVICE void load_bias(const GruForwardLoop& loop, int direction, const i
 }
 
 template <Precision P>
-FASTGRU_DEVICE void load_projection(const GruForwardLoop& loop, int direction, const int (&unit)[2], int64_t row,
+FASTGRU_DEVICE void load_projection(const GruForwardLoop& loop, int direction, const int (&unit)[2], int64_t token,
                                     bool active, typename Numbers<P>::Stored (&i_gates)[3][2]) {
   using Stored = typename Numbers<P>::Stored;
-  const auto from = static_cast<const Stored*>(loop.i) + (row * loop.D + direction) * 3 * loop.H;
+  const auto from = static_cast<const Stored*>(loop.i) + (token * loop.D + direction) * 3 * loop.H;
 #pragma unroll
   for (int gate = 0; gate < 3; ++gate)
 #pragma unroll
@@ -48,7 +48,7 @@ FASTGRU_DEVICE void load_projection(const GruForwardLoop& loop, int direction, c
 }
 
 struct Gates {
-  float r[2], z[2], n[2], g_n[2];
+  float r[2], z[2], n[2], q[2];
 };
 
 // The gates of a step and, where the row is active, its new state. `bias_offset(kind)` is where its biases lie.
@@ -66,10 +66,10 @@ FASTGRU_DEVICE Gates compute_gates(const typename Numbers<P>::Stored (&i_gates)[
   Gates a;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    a.g_n[i] = g[2][i] + bias[3][i];
+    a.q[i] = g[2][i] + bias[3][i];
     a.r[i] = sigmoid(Num::widen(i_gates[0][i]) + bias[0][i] + g[0][i]);
     a.z[i] = sigmoid(Num::widen(i_gates[1][i]) + bias[1][i] + g[1][i]);
-    a.n[i] = tanh(Num::widen(i_gates[2][i]) + bias[2][i] + a.r[i] * a.g_n[i]);
+    a.n[i] = tanh(Num::widen(i_gates[2][i]) + bias[2][i] + a.r[i] * a.q[i]);
     // A row that has not begun or has ended keeps its state.
     if (active) h[i] = a.n[i] + a.z[i] * (h[i] - a.n[i]);
   }
@@ -78,17 +78,17 @@ FASTGRU_DEVICE Gates compute_gates(const typename Numbers<P>::Stored (&i_gates)[
 
 // The state of an active row, and the gates where they are wanted.
 template <Precision P>
-FASTGRU_DEVICE void store_state(const GruForwardLoop& loop, int direction, const int (&unit)[2], int row, int stride,
+FASTGRU_DEVICE void store_state(const GruForwardLoop& loop, int direction, const int (&unit)[2], int token, int stride,
                                 const float (&h)[2], const Gates& a) {
   using Stored = typename Numbers<P>::Stored;
-  store_pair<P>(unit, static_cast<Stored*>(loop.output) + (int64_t(row) * loop.D + direction) * loop.H, loop.H, h[0],
+  store_pair<P>(unit, static_cast<Stored*>(loop.output) + (int64_t(token) * loop.D + direction) * loop.H, loop.H, h[0],
                 h[1]);
   if (loop.gates == nullptr) return;
-  const auto gates = static_cast<Stored*>(loop.gates) + (int64_t(direction) * loop.N + row) * 4 * stride;
+  const auto gates = static_cast<Stored*>(loop.gates) + (int64_t(direction) * loop.N + token) * 4 * stride;
   store_pair<P>(unit, gates, stride, a.r[0], a.r[1]);
   store_pair<P>(unit, gates + stride, stride, a.z[0], a.z[1]);
   store_pair<P>(unit, gates + 2 * stride, stride, a.n[0], a.n[1]);
-  store_pair<P>(unit, gates + 3 * stride, stride, a.g_n[0], a.g_n[1]);
+  store_pair<P>(unit, gates + 3 * stride, stride, a.q[0], a.q[1]);
 }
 
 // --- Backwards
@@ -96,17 +96,17 @@ FASTGRU_DEVICE void store_state(const GruForwardLoop& loop, int direction, const
 // What forward left of a step.
 template <Precision P>
 struct Saved {
-  typename Numbers<P>::Stored grad_output[2], previous[2], gates[4][2];  // r, z, n, g_n
+  typename Numbers<P>::Stored grad_output[2], previous[2], gates[4][2];  // r, z, n, q
 };
 
 template <Precision P>
-FASTGRU_DEVICE void load_saved(const GruBackwardLoop& loop, int direction, const int (&unit)[2], int64_t row,
+FASTGRU_DEVICE void load_saved(const GruBackwardLoop& loop, int direction, const int (&unit)[2], int64_t token,
                                bool active, int stride, Saved<P>& saved) {
   using Stored = typename Numbers<P>::Stored;
-  const int64_t at = (row * loop.D + direction) * loop.H;
+  const int64_t at = (token * loop.D + direction) * loop.H;
   const auto grad = static_cast<const Stored*>(loop.grad_output) + at;
   const auto previous = static_cast<const Stored*>(loop.previous) + at;
-  const auto gates = static_cast<const Stored*>(loop.gates) + (int64_t(direction) * loop.N + row) * 4 * stride;
+  const auto gates = static_cast<const Stored*>(loop.gates) + (int64_t(direction) * loop.N + token) * 4 * stride;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const bool there = active && unit[i] < loop.H;
@@ -118,7 +118,7 @@ FASTGRU_DEVICE void load_saved(const GruBackwardLoop& loop, int direction, const
   }
 }
 
-// d_r, d_z, d_n and d_g of a step, and what of the gradient goes past them to the step before. That of a row that has
+// d_r, d_z, d_n and d_q of a step, and what of the gradient goes past them to the step before. That of a row that has
 // ended passes; its others mean nothing.
 template <Precision P>
 FASTGRU_DEVICE void compute_gradients(const Saved<P>& saved, bool active, float (&carry)[2], float (&d)[4][2]) {
@@ -126,22 +126,22 @@ FASTGRU_DEVICE void compute_gradients(const Saved<P>& saved, bool active, float 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float r = Num::widen(saved.gates[0][i]), z = Num::widen(saved.gates[1][i]);
-    const float n = Num::widen(saved.gates[2][i]), g_n = Num::widen(saved.gates[3][i]);
-    const float total = carry[i] + Num::widen(saved.grad_output[i]);
-    d[2][i] = total * (1 - z) * (1 - n * n);
-    d[1][i] = total * (Num::widen(saved.previous[i]) - n) * z * (1 - z);
-    d[0][i] = d[2][i] * g_n * r * (1 - r);
+    const float n = Num::widen(saved.gates[2][i]), q = Num::widen(saved.gates[3][i]);
+    const float d_h = carry[i] + Num::widen(saved.grad_output[i]);
+    d[2][i] = d_h * (1 - z) * (1 - n * n);
+    d[1][i] = d_h * (Num::widen(saved.previous[i]) - n) * z * (1 - z);
+    d[0][i] = d[2][i] * q * r * (1 - r);
     d[3][i] = d[2][i] * r;
-    if (active) carry[i] = total * z;
+    if (active) carry[i] = d_h * z;
   }
 }
 
 // Those of an active row.
 template <Precision P>
-FASTGRU_DEVICE void store_gradients(const GruBackwardLoop& loop, int direction, const int (&unit)[2], int row,
+FASTGRU_DEVICE void store_gradients(const GruBackwardLoop& loop, int direction, const int (&unit)[2], int token,
                                     const float (&d)[4][2]) {
   using Stored = typename Numbers<P>::Stored;
-  const auto to = static_cast<Stored*>(loop.grad_gates) + int64_t(row) * 4 * loop.D * loop.H;
+  const auto to = static_cast<Stored*>(loop.grad_gates) + int64_t(token) * 4 * loop.D * loop.H;
 #pragma unroll
   for (int kind = 0; kind < 4; ++kind)
     store_pair<P>(unit, to + (kind < 3 ? direction * 3 + kind : 3 * loop.D + direction) * loop.H, loop.H, d[kind][0],

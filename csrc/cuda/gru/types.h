@@ -22,13 +22,13 @@ struct GruForwardLoop {
   int D;  // directions, 1 or 2; the second runs backwards
   int N;  // rows of all steps together: T * B, less when the input is packed
 
-  const void* i;        // [N, D, 3H] x W_ih^T without bias; r, z, n one after the other
-  const void* w_hh;     // [D, 3H, H]
-  const void* b_ih;     // [D, 3H], or null
-  const void* b_hh;     // [D, 3H], null when b_ih is
-  const void* hx;       // [D, B, H]
-  const int32_t* rows;  // packed input: [T + 1 + B] the first row of the steps 0..T, then the number of steps of each
-                        // batch row, which never grows; null: step t begins at row t * B
+  const void* i;         // [N, D, 3H] x W_ih^T without bias; r, z, n one after the other
+  const void* w_hh;      // [D, 3H, H]
+  const void* b_ih;      // [D, 3H], or null
+  const void* b_hh;      // [D, 3H], null when b_ih is
+  const void* hx;        // [D, B, H]
+  const int32_t* table;  // packed input: [T + 1 + B] the first row of the steps 0..T, then the number of steps of each
+                         // batch row, which never grows; null: step t begins at row t * B
 
   void* output;  // [N, D, H]
   void* h_n;     // [D, B, H] the last state of each row
@@ -44,7 +44,7 @@ struct GruBackwardLoop {
   const void* w_hh;         // [D, 3H, H]
   const void* previous;     // [N, D, H] the state before each row: output of the step before, or hx
   const void* gates;        // [D, N, 4, gate_stride(H)] as forward saved them
-  const int32_t* rows;      // as above
+  const int32_t* table;     // as above
 
   void* grad_gates;  // [N, 4 * D * H] first d_r, d_z, d_n of each direction, then d_n * r of each direction
   void* grad_hx;     // [D, B, H]

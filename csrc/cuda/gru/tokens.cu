@@ -1,7 +1,7 @@
-// Launches of the kernels in rows.cuh, and the upload, which is all launch.
+// Launches of the kernels in tokens.cuh, and the upload, which is all launch.
 #include <cuda_runtime.h>
 
-#include "rows.cuh"
+#include "tokens.cuh"
 
 namespace fastgru {
 namespace cuda {
@@ -14,17 +14,17 @@ struct Words {
 };
 
 __global__ void store_words(const Words words, int32_t* target, int n) {
-  for (int i = int(threadIdx.x); i < n; i += ROW_THREADS) target[i] = words.value[i];
+  for (int i = int(threadIdx.x); i < n; i += TOKEN_THREADS) target[i] = words.value[i];
 }
 
 template <typename Word>
-__global__ void gru_previous_states_kernel(const GruRows s, int size, const Word* output, const Word* hx,
+__global__ void gru_previous_states_kernel(const GruTokens s, int words, const Word* output, const Word* hx,
                                            Word* previous) {
-  gru_previous_states_block(s, size, output, hx, previous);
+  gru_previous_states_block(s, words, output, hx, previous);
 }
 
 template <Precision P>
-__global__ void gru_gates_kernel(const GruRows s, const typename Numbers<P>::Stored* i,
+__global__ void gru_gates_kernel(const GruTokens s, const typename Numbers<P>::Stored* i,
                                  const typename Numbers<P>::Stored* g, const typename Numbers<P>::Stored* b_ih,
                                  const typename Numbers<P>::Stored* b_hh, typename Numbers<P>::Stored* gates) {
   gru_gates_block<P>(s, i, g, b_ih, b_hh, gates);
@@ -36,19 +36,19 @@ const char* status() {
 }
 
 template <typename Word>
-void launch_previous(const GruRows& s, int64_t row_bytes, const void* output, const void* hx, void* previous,
+void launch_previous(const GruTokens& s, int64_t row_bytes, const void* output, const void* hx, void* previous,
                      cudaStream_t stream) {
   const dim3 grid(unsigned(s.T) * unsigned((s.B + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK), unsigned(s.D));
-  gru_previous_states_kernel<<<grid, ROW_THREADS, 0, stream>>>(
+  gru_previous_states_kernel<<<grid, TOKEN_THREADS, 0, stream>>>(
       s, int(row_bytes / int64_t(sizeof(Word))), static_cast<const Word*>(output), static_cast<const Word*>(hx),
       static_cast<Word*>(previous));
 }
 
 template <Precision P>
-void launch_gates(const GruRows& s, const void* i, const void* g, const void* b_ih, const void* b_hh, void* gates,
+void launch_gates(const GruTokens& s, const void* i, const void* g, const void* b_ih, const void* b_hh, void* gates,
                   cudaStream_t stream) {
   using Stored = typename Numbers<P>::Stored;
-  gru_gates_kernel<P><<<dim3(unsigned(s.N), unsigned(s.D)), ROW_THREADS, 0, stream>>>(
+  gru_gates_kernel<P><<<dim3(unsigned(s.N), unsigned(s.D)), TOKEN_THREADS, 0, stream>>>(
       s, static_cast<const Stored*>(i), static_cast<const Stored*>(g), static_cast<const Stored*>(b_ih),
       static_cast<const Stored*>(b_hh), static_cast<Stored*>(gates));
 }
@@ -60,12 +60,12 @@ const char* upload(const int32_t* host, int32_t* device, int n, CUstream_st* str
   for (int at = 0; at < n; at += Words::COUNT) {
     const int count = std::min(n - at, Words::COUNT);
     std::copy(host + at, host + at + count, words.value);
-    store_words<<<1, ROW_THREADS, 0, stream>>>(words, device + at, count);
+    store_words<<<1, TOKEN_THREADS, 0, stream>>>(words, device + at, count);
   }
   return status();
 }
 
-const char* gru_previous_states(const GruRows& s, int bytes, const void* output, const void* hx, void* previous,
+const char* gru_previous_states(const GruTokens& s, int bytes, const void* output, const void* hx, void* previous,
                                 CUstream_st* stream) {
   const int64_t row_bytes = int64_t(s.H) * bytes;
   if (row_bytes % 16 == 0)
@@ -77,7 +77,7 @@ const char* gru_previous_states(const GruRows& s, int bytes, const void* output,
   return status();
 }
 
-const char* gru_gates(const GruRows& s, Precision precision, const void* i, const void* g, const void* b_ih,
+const char* gru_gates(const GruTokens& s, Precision precision, const void* i, const void* g, const void* b_ih,
                       const void* b_hh, void* gates, CUstream_st* stream) {
   if (precision == Precision::bf16)
     launch_gates<Precision::bf16>(s, i, g, b_ih, b_hh, gates, stream);

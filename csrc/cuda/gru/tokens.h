@@ -13,19 +13,19 @@ namespace cuda {
 // graph that captures it holds the values.
 const char* upload(const int32_t* host, int32_t* device, int n, CUstream_st* stream);
 
-struct GruRows {
-  int T, B, H, D, N;    // as in types.h
-  const int32_t* rows;  // as in types.h
+struct GruTokens {
+  int T, B, H, D, N;     // as in types.h
+  const int32_t* table;  // as in types.h
 };
 
 // previous [N, D, H]: the state before each row, which is the output [N, D, H] of the step before where there is one,
 // else hx [D, B, H]. Elements of `bytes` bytes are moved, whatever they are.
-const char* gru_previous_states(const GruRows& rows, int bytes, const void* output, const void* hx, void* previous,
+const char* gru_previous_states(const GruTokens& tokens, int bytes, const void* output, const void* hx, void* previous,
                                 CUstream_st* stream);
 
 // gates [D, N, 4, gate_stride(H)] as the recurrence saves them, from i = x W_ih^T and g = h W_hh^T, both [N, D, 3H]
 // without bias, h being the state before each row. b_ih, b_hh: [D, 3H], or both null.
-const char* gru_gates(const GruRows& rows, Precision precision, const void* i, const void* g, const void* b_ih,
+const char* gru_gates(const GruTokens& tokens, Precision precision, const void* i, const void* g, const void* b_ih,
                       const void* b_hh, void* gates, CUstream_st* stream);
 
 }  // namespace cuda

@@ -1,15 +1,15 @@
-// See rows.h, which has every pointer. No block needs another; memory is the limit.
+// See tokens.h, which has every pointer. No block needs another; memory is the limit.
 #pragma once
 
 #include <algorithm>
 
 #include "operands.cuh"
-#include "rows.h"
+#include "tokens.h"
 
 namespace fastgru {
 namespace cuda {
 
-constexpr int ROW_THREADS = 256;
+constexpr int TOKEN_THREADS = 256;
 // Batch rows of a step that one block moves.
 constexpr int ROWS_PER_BLOCK = 8;
 
@@ -17,36 +17,36 @@ struct alignas(16) SixteenBytes {
   uint32_t words[4];
 };
 
-// Blocks: x = step and, within it, rows; y = direction. `size`: Words in a row of H.
+// Blocks: x = step and, within it, rows; y = direction. `words`: Words in a row of H.
 template <typename Word>
-FASTGRU_DEVICE void gru_previous_states_block(const GruRows& s, int size, const Word* output, const Word* hx,
+FASTGRU_DEVICE void gru_previous_states_block(const GruTokens& s, int words, const Word* output, const Word* hx,
                                               Word* previous) {
   const int chunks = (s.B + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK;
   const int t = block_index_x() / chunks, direction = block_index_y(), before = direction == 0 ? t - 1 : t + 1;
-  const int row = first_row(s.rows, t, s.B), rows = first_row(s.rows, t + 1, s.B) - row;
+  const int first = first_token(s.table, t, s.B), size = first_token(s.table, t + 1, s.B) - first;
   const bool has_before = before >= 0 && before < s.T;
-  const int last_row = has_before ? first_row(s.rows, before, s.B) : 0;
-  const int last_rows = has_before ? first_row(s.rows, before + 1, s.B) - last_row : 0;
+  const int last_first = has_before ? first_token(s.table, before, s.B) : 0;
+  const int last_size = has_before ? first_token(s.table, before + 1, s.B) - last_first : 0;
   const int b0 = block_index_x() % chunks * ROWS_PER_BLOCK;
-  const int count = min(ROWS_PER_BLOCK, rows - b0);
-  for (int i = thread_index(); i < count * size; i += ROW_THREADS) {
-    const int b = b0 + i / size, word = i % size;
-    const Word* from = b < last_rows ? output + (int64_t(last_row + b) * s.D + direction) * size
-                                     : hx + (int64_t(direction) * s.B + b) * size;
-    store_global(previous + (int64_t(row + b) * s.D + direction) * size + word, load_global(from + word));
+  const int count = min(ROWS_PER_BLOCK, size - b0);
+  for (int i = thread_index(); i < count * words; i += TOKEN_THREADS) {
+    const int b = b0 + i / words, word = i % words;
+    const Word* from = b < last_size ? output + (int64_t(last_first + b) * s.D + direction) * words
+                                     : hx + (int64_t(direction) * s.B + b) * words;
+    store_global(previous + (int64_t(first + b) * s.D + direction) * words + word, load_global(from + word));
   }
 }
 
 // Blocks: x = row, y = direction. Padding holds what the equations give for zeros.
 template <Precision P>
-FASTGRU_DEVICE void gru_gates_block(const GruRows& s, const typename Numbers<P>::Stored* i,
+FASTGRU_DEVICE void gru_gates_block(const GruTokens& s, const typename Numbers<P>::Stored* i,
                                     const typename Numbers<P>::Stored* g, const typename Numbers<P>::Stored* b_ih,
                                     const typename Numbers<P>::Stored* b_hh, typename Numbers<P>::Stored* gates) {
   using Num = Numbers<P>;
-  const int row = block_index_x(), direction = block_index_y(), stride = (s.H + 15) / 16 * 16;
-  const int64_t at = (int64_t(row) * s.D + direction) * 3 * s.H;
-  const auto to = gates + (int64_t(direction) * s.N + row) * 4 * stride;
-  for (int first = 2 * thread_index(); first < stride; first += 2 * ROW_THREADS) {
+  const int token = block_index_x(), direction = block_index_y(), stride = (s.H + 15) / 16 * 16;
+  const int64_t at = (int64_t(token) * s.D + direction) * 3 * s.H;
+  const auto to = gates + (int64_t(direction) * s.N + token) * 4 * stride;
+  for (int first = 2 * thread_index(); first < stride; first += 2 * TOKEN_THREADS) {
     float saved[4][2] = {};
     for (int half = 0; half < 2; ++half) {
       const int unit = first + half;
