@@ -368,7 +368,8 @@ def test_the_launcher_passes_what_the_kernel_takes(compiled: dict[str, Any], tmp
     library = tmp_path / "launch.so"
     flags += [f"-I{ROOT / 'csrc'}", f"-I{Path(torch.__file__).parent / 'include'}", "-fvisibility=hidden"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    sources = [tmp_path / "registration.cpp", ROOT / "csrc" / "cuda" / "cubin_launch.cpp"]
+    own = [ROOT / "csrc" / "cuda" / name for name in ("cubin_launch.cpp", "stream.cpp")]
+    sources = [tmp_path / "registration.cpp", *own]
     linked = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
     subprocess.run([*flags, *sources, *linked, "-o", library], check=True)
     torch.save({"given": given, "plan": plan, "floats": floats, "sizes": sizes}, tmp_path / "launch.pt")

@@ -11,6 +11,8 @@
 #include <mutex>
 #include <tuple>
 
+#include "stream.h"
+
 namespace fastgru {
 namespace {
 
@@ -32,7 +34,6 @@ struct Driver {
   decltype(&cuLaunchKernel) launch;
   decltype(&cuLaunchCooperativeKernel) launch_together;
   decltype(&cuGetErrorString) error_string;
-  int32_t (*current_stream)(int32_t device, void** stream);
 
   Driver() {
     void* library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
@@ -45,7 +46,6 @@ struct Driver {
     launch = find<decltype(launch)>(library, "cuLaunchKernel", where);
     launch_together = find<decltype(launch_together)>(library, "cuLaunchCooperativeKernel", where);
     error_string = find<decltype(error_string)>(library, "cuGetErrorString", where);
-    current_stream = find<decltype(current_stream)>(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream", "this torch");
   }
 
   void check(CUresult result, const char* what) const {
@@ -173,13 +173,11 @@ void cuda_launch(std::vector<Tensor> tensors, std::string path, std::string symb
   values.add(static_cast<void*>(nullptr));
   values.add(static_cast<void*>(nullptr));
 
-  void* stream = nullptr;
-  STD_TORCH_CHECK(driver().current_stream(int32_t(device), &stream) == 0, "fastgru: torch tells no current stream");
   const unsigned blocks = unsigned(programs), size = unsigned(threads), memory = unsigned(shared);
-  const auto queue = static_cast<CUstream>(stream);
+  const CUstream stream = cuda::current_stream(int(device));
   driver().check(cooperative
-                     ? driver().launch_together(kernel, blocks, 1, 1, size, 1, 1, memory, queue, values.addresses())
-                     : driver().launch(kernel, blocks, 1, 1, size, 1, 1, memory, queue, values.addresses(), nullptr),
+                     ? driver().launch_together(kernel, blocks, 1, 1, size, 1, 1, memory, stream, values.addresses())
+                     : driver().launch(kernel, blocks, 1, 1, size, 1, 1, memory, stream, values.addresses(), nullptr),
                  "the kernel does not start");
 }
 

@@ -2,7 +2,6 @@
 #include "op.h"
 
 #include <cuda_runtime_api.h>
-#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "cluster.h"
+#include "cuda/stream.h"
 #include "grid.h"
 #include "tokens.h"
 #include "types.h"
@@ -38,19 +38,6 @@ class DeviceGuard {
   }
   int before_ = 0;
 };
-
-// torch's current stream. Only CUDA builds of torch have the function, and this library also loads with others.
-CUstream_st* current_stream(int device) {
-  using Get = AOTITorchError (*)(int32_t, void**);
-  static const Get get = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return reinterpret_cast<Get>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
-  }();
-  STD_TORCH_CHECK(get != nullptr, "fastgru: this torch has no CUDA streams; install a CUDA build of torch");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(get(device, &stream));
-  return static_cast<CUstream_st*>(stream);
-}
 
 bool precision_of(ScalarType dtype, bool tf32, Precision* precision) {
   *precision = dtype == ScalarType::BFloat16 ? Precision::bf16
