@@ -1,12 +1,17 @@
-// The tensor layer of the CUDA backend: from torch tensors to the structs of the kernels, on torch's device and stream.
-#include "op.h"
-
+// The GRU's operators of the CUDA backend: checks tensors, chooses a kernel for the recurrence, and launches it on
+// torch's device and stream. fastgru/ops has the schemas.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstdint>
 #include <limits>
+#include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -21,6 +26,8 @@ namespace cuda {
 namespace {
 
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 // Makes a tensor's device the current one, as the kernels need it, and gives the previous one back.
 class DeviceGuard {
@@ -141,7 +148,7 @@ const int32_t* table_of(const OptionalTensor& table, int64_t steps, const Tensor
 
 void raise(const char* error) { STD_TORCH_CHECK(error == nullptr, "fastgru: CUDA: ", error); }
 
-}  // namespace
+// --- Operators
 
 void upload_table(const Tensor& host, const Tensor& device) {
   STD_TORCH_CHECK(!host.is_cuda() && device.is_cuda() && host.scalar_type() == ScalarType::Int &&
@@ -154,6 +161,7 @@ void upload_table(const Tensor& host, const Tensor& device) {
                small(host.numel()), current_stream(index)));
 }
 
+// Both return the reason why nothing was launched, or "".
 std::string loop_forward(const Tensor& projected, const Tensor& w_hh, const OptionalTensor& b_ih,
                          const OptionalTensor& b_hh, const Tensor& hx, const OptionalTensor& table, int64_t steps,
                          bool tf32, std::string loop, const Tensor& output, const Tensor& h_n,
@@ -247,5 +255,18 @@ void gates(const Tensor& projected, const Tensor& recurrent, const OptionalTenso
                   result(gates, "gates", recurrent, {D, N, 4 * gate_stride(tokens.H)}), current_stream(device)));
 }
 
+}  // namespace
 }  // namespace cuda
 }  // namespace fastgru
+
+STABLE_TORCH_LIBRARY_IMPL(fastgru, CompositeExplicitAutograd, m) {
+  m.impl("cuda_gru_why_not", TORCH_BOX(&fastgru::cuda::why_not));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgru, CUDA, m) {
+  m.impl("cuda_upload", TORCH_BOX(&fastgru::cuda::upload_table));
+  m.impl("cuda_gru_loop_forward", TORCH_BOX(&fastgru::cuda::loop_forward));
+  m.impl("cuda_gru_loop_backward", TORCH_BOX(&fastgru::cuda::loop_backward));
+  m.impl("cuda_gru_previous_states", TORCH_BOX(&fastgru::cuda::previous_states));
+  m.impl("cuda_gru_gates", TORCH_BOX(&fastgru::cuda::gates));
+}
