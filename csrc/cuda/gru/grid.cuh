@@ -291,7 +291,7 @@ FASTGRU_DEVICE void gru_grid_forward_block(const GruForwardLoop& loop, const Gri
   using Num = Numbers<P>;
   using Stored = typename Num::Stored;
   using Product = GridProduct<P, 3, COLUMN_TILES>;
-  const int H = loop.H, D = loop.D;
+  const int H = loop.H;
   const GridThread<P, COLUMN_TILES> own(shape, first_direction);
   const int direction = own.direction, b = own.b;
   const GridExchange<P, 3, COLUMN_TILES> all{
@@ -366,7 +366,7 @@ FASTGRU_DEVICE void gru_grid_backward_block(const GruBackwardLoop& loop, const G
   using Num = Numbers<P>;
   using Stored = typename Num::Stored;
   using Product = GridProduct<P, 1, COLUMN_TILES>;
-  const int H = loop.H, D = loop.D;
+  const int H = loop.H;
   const GridThread<P, COLUMN_TILES> own(shape, first_direction);
   const int direction = own.direction, b = own.b;
   const GridExchange<P, 1, COLUMN_TILES> all{
