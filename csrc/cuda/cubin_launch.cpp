@@ -1,3 +1,4 @@
+// Loads cubins through the CUDA driver, encodes TMA descriptors, and passes the arguments in a plan to the kernel.
 #include "cubin_launch.h"
 
 #include <cuda.h>
@@ -25,7 +26,7 @@ Function find(void* library, const char* name, const char* where) {
   return reinterpret_cast<Function>(found);
 }
 
-// The driver's functions. The _v2 and the like that cuda.h puts in place of some names are not needed for these.
+// The driver's functions, by the names that dlsym knows: cuda.h renames none of these to a _v2.
 struct Driver {
   decltype(&cuModuleLoadData) module_load;
   decltype(&cuModuleGetFunction) get_function;
@@ -79,13 +80,13 @@ CUfunction function(const std::string& path, const std::string& symbol, int64_t 
   CUfunction fresh = nullptr;
   driver().check(driver().module_load(&module, image.data()), "the kernel does not load");
   driver().check(driver().get_function(&fresh, module, symbol.c_str()), "the kernel is not in its file");
-  // 48 KiB is what a kernel gets without asking.
+  // Above 48 KiB a kernel needs this attribute.
   driver().check(driver().set_attribute(fresh, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, int(shared)),
                  "the kernel does not get its shared memory");
   return found = fresh;
 }
 
-// The arguments of a launch: their values, where they stay put, and their addresses.
+// The arguments of a launch: their values, in containers that never move them, and their addresses.
 class Values {
  public:
   template <typename Value>
@@ -112,7 +113,7 @@ constexpr int RANK = 4;
 
 void add_map(Values& values, const Tensor& t, int64_t element, int64_t swizzle, const int64_t* box) {
   STD_TORCH_CHECK(t.dim() == RANK && t.stride(RANK - 1) == 1, "fastgru: not a tensor for TMA");
-  // TMA counts from the innermost axis on, and in bytes.
+  // TMA numbers axes from the innermost one, and strides are in bytes.
   cuuint64_t sizes[RANK], strides[RANK - 1];
   cuuint32_t boxes[RANK], steps[RANK] = {1, 1, 1, 1};
   for (int n = 0; n < RANK; ++n) {
@@ -169,7 +170,7 @@ void cuda_launch(std::vector<Tensor> tensors, std::string path, std::string symb
         STD_TORCH_CHECK(false, "fastgru: the plan of arguments is not one");
     }
   }
-  // Triton's last two: scratch memory, which these kernels do not need.
+  // Triton's last two arguments, scratch memory: build_cubins.py refuses kernels that need it.
   values.add(static_cast<void*>(nullptr));
   values.add(static_cast<void*>(nullptr));
 

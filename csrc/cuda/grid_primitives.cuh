@@ -1,8 +1,8 @@
-// What blocks that talk through global memory need beyond primitives.cuh; on the CPU tests/emulation implements it.
+// Wraps the relaxed loads and stores, the fence and the warp vote that blocks use to exchange words through global
+// memory. On the CPU tests/emulation implements them.
 //
-// Words in the exchange change while the kernel runs. Each is looked at and set as a whole, and nothing else is said of
-// order, but for this: what a thread set before its fence is seen by whoever, after a fence of its own, looks again
-// once it has seen something that was set after.
+// Memory order: every load and store is relaxed and of a whole argument. Two fences synchronise: the stores of a thread
+// before its fence are visible to a thread that loads one of its later stores and then passes a fence of its own.
 #pragma once
 
 #include "primitives.cuh"
@@ -28,7 +28,7 @@ FASTGRU_DEVICE void store_relaxed(uint32_t* to, const uint32_t (&words)[2]) {
 
 FASTGRU_DEVICE void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-// Whether it is true in all 32 lanes; they call it together.
+// Whether `mine` is true in all 32 lanes, which call it together.
 FASTGRU_DEVICE bool all_lanes(bool mine) { return __all_sync(0xffffffff, mine); }
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// The precisions of products on the GPU.
+// Names the precisions of matrix products on the GPU.
 #pragma once
 
 namespace fastgru {

@@ -1,14 +1,18 @@
-"""Attention backward, in two kernels without atomics: by query tile for dq (and dbias), by key tile for dk and dv.
+"""The backward pass of attention in Triton, without atomics: by query tile for dq (and dbias), by key tile for dk, dv.
 
     p = 2^(c(s - m_i)) / l_i    dp = drop(do_i . v_j)    ds = p (dp - delta_i)    dx = ds (1 - tanh^2), with softcap
     dq_i = scale sum_j dx k_j    dk_j = scale sum_i dx q_i    dv_j = sum_i drop(p) do_i    dbias_ij = ds
 
-with c, m and l of forward.py. A row whose l is 1 sees one key, or next to it no weights that 1 is not rounded by; that
-leaves ds = p dlse_i, exactly 0 mostly: dp of such a row is taken to be 0, and delta, too, but for dlse.
+with s of scores.py, and c, m and l of forward.py. Where l = 1 a row sees one key, or the other weights vanish beside 1
+in float32. Then ds = p dlse_i, mostly exactly 0: dp of such a row, and delta but for dlse, are set to 0, because their
+difference would be a rounding error.
 
 Pointers as in forward.py, and:
+
     d_out like out; dq, dk, dv like q, k, v; delta [B, Hq, Lq] float32 contiguous: do_i . o_i, 0 if l_i = 1, less dlse_i
-    d_bias [B, Hq, Lq, Lk] float32 contiguous: ds of every score, summed over what is broadcast by the caller
+    d_bias [B, Hq, Lq, Lk] float32 contiguous: ds of every score; the caller sums over broadcast dimensions
+
+Saved by the forward pass: out, of which delta is made, and statistics.
 """
 
 import triton
@@ -30,8 +34,8 @@ def score_gradients(
         x, i, j, bias, mask, slope, q_length, k_length, diagonal, bias_l, bias_k, mask_l, mask_k, scale, softcap,
         IN_PRODUCTS, SOFTCAP, BIAS, MASK, ALIBI, LEFT, RIGHT, window_left, window_right,
     )  # fmt: skip
-    # No score is above the maximum; of large ones the last bits may say so, where the forward pass had another matrix
-    # instruction.
+    # No score is above the maximum, but the last bits of large ones may differ: the forward pass may have used another
+    # matrix instruction.
     below = tl.minimum(s - top[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
     empty = total == 0.0
     inverse = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
@@ -140,7 +144,7 @@ def attention_backward_keys(
     dk_sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_sums = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     all_rows = (tl.num_programs(0) // tiles).to(tl.int64) * group * queries
-    # The rows that may see one of these keys.
+    # The range of rows that may see one of these keys.
     begin, end = 0, q_length
     if RIGHT:
         begin = tl.maximum(0, j0 - diagonal - window_right) // BLOCK_M * BLOCK_M

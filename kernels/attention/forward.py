@@ -1,20 +1,21 @@
-"""Attention forward: o_i = sum_j p_ij v_j, p = softmax(s), with a running maximum and sum over tiles of keys.
+"""The forward pass of attention in Triton: o_i = sum_j p_ij v_j with p = softmax(s), by online softmax.
 
     m' = max(m, max_j s)    l' = l 2^(c(m - m')) + sum_j 2^(c(s - m'))
                             o' = o 2^(c(m - m')) + sum_j drop(2^(c(s - m'))) v_j
 
-c, ``factor``, is log2(e); or scale log2(e) where s and m are in units of the products q . k (IN_PRODUCTS). Exponents
-are multiples of differences, never differences of multiples, whose rounding is that of the score: so they are exact for
-scores of any size.
+scores.py has s. c, ``factor``, is log2(e); or scale log2(e) where s and m are in units of the products q . k
+(IN_PRODUCTS). Exponents are multiples of differences, never differences of multiples, whose rounding is that of the
+score: so they are exact for scores of any size.
 
-One program per tile of queries of one head and per split of its keys; the scores are those of scores.py. With
-several splits (few queries, many keys) each writes its own out, in float32, and its own statistics, and no lse: the
-caller joins them. Pointers:
-    q [B, Hq, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv], out [B, Hq, Lq, Dv]: any strides but that of the last, 1
-    lse [B, Hq, Lq] and statistics [2, B, Hq, Lq], m and l, both 0 where a row saw nothing: contiguous, float32
-    of split n: out and statistics lie split_o and split_statistics elements further each
+One program computes a tile of queries of one head and one split of its keys. With several splits (few queries, many
+keys) each writes its own out, in float32, and its own statistics, and no lse: the caller combines them. Pointers:
+
+    q [B, Hq, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv], out [B, Hq, Lq, Dv]: the last stride is 1, the others any
+    lse [B, Hq, Lq] and statistics [2, B, Hq, Lq], m and l, both 0 for a row that sees no key: contiguous, float32;
+    out and statistics of split n lie n split_o and n split_statistics elements further
     bias, mask: [B, Hq, Lq, Lk], strides 0 where broadcast; slopes [B or 1, Hq] float32; q_lengths, k_lengths [B] int64
     seed: one int64
+
 Saved for backward: out and statistics.
 """
 
@@ -93,7 +94,7 @@ def attention_forward(
     tl.store(at, o.to(out.dtype.element_ty), mask=(i[:, None] < queries) & (dv[None, :] < value_columns))
     row = (b64 * heads + h) * queries + i
     all_rows = (tl.num_programs(0) // tiles).to(tl.int64) * queries
-    # -inf: nothing was seen, or nothing but NaN.
+    # -inf: the row sees no key, or only NaN.
     reference = tl.where(top == float("-inf"), 0.0, top)
     tl.store(statistics + row, reference, mask=i < queries)
     tl.store(statistics + all_rows + row, total, mask=i < queries)

@@ -1,7 +1,9 @@
-"""What the attention kernels share: which keys a row sees, the scores of a tile, the hash of dropout.
+"""Computes the scores of a tile, the keys that rows see, and dropout's hash: shared by the attention kernels in Triton.
 
-Equations and the meaning of the options: fastgru/backends/reference_attention.py. Letters: tiles of BLOCK_M queries and
-BLOCK_N keys, columns padded to BLOCK_D and BLOCK_DV, powers of two. Strides are in elements.
+    s = softcap tanh(scale q . k / softcap) - slope |i + diagonal - j| + bias        -inf where hidden
+
+fastgru/backends/reference_attention.py has the meaning of every option. A tile has BLOCK_M queries and BLOCK_N keys;
+columns are padded to BLOCK_D and BLOCK_DV, powers of two. Strides are in elements.
 """
 
 import triton
@@ -18,7 +20,7 @@ def mix(x):
 
 @triton.jit
 def dropout_keep(seed, row, column, drop_below):
-    """Which positions dropout keeps, [BLOCK_M, BLOCK_N]; ``row`` counts the rows of all heads."""
+    """Whether dropout keeps a position, [BLOCK_M, BLOCK_N]; ``row`` counts the rows of all heads."""
     key = row.to(tl.uint64) * 0x9E3779B97F4A7C15 + seed.to(tl.uint64)
     key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9
     key = (key ^ (key >> 27)) * 0x94D049BB133111EB
@@ -30,7 +32,7 @@ def dropout_keep(seed, row, column, drop_below):
 
 @triton.jit
 def lengths(q_lengths, k_lengths, b, queries, keys, HAS_Q: tl.constexpr, HAS_K: tl.constexpr):
-    """Lengths of sequence b, kept within the tensors."""
+    """Lengths of sequence b, clamped to the tensors."""
     if HAS_Q:
         queries = tl.minimum(tl.maximum(tl.load(q_lengths + b).to(tl.int32), 0), queries)
     if HAS_K:
@@ -97,15 +99,15 @@ def scores(
         visible &= added != float("-inf")
         x += added
     if not (IN_PRODUCTS or ALIBI or BIAS):
-        # The last step is a multiplication, which must not be fused with what is done to a score: a maximum would be
-        # rounded, and what is taken from it not.
+        # Keeps the multiplication by scale from being fused with a later subtraction of the maximum: the maximum would
+        # be of rounded scores, the subtraction of unrounded ones.
         x += 0.0
     return tl.where(visible, x, float("-inf")), t
 
 
 @triton.jit
 def finite(x):
-    """Zero in the place of NaN and infinity."""
+    """x with 0 for NaN and infinity."""
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, tl.zeros_like(x))
 
 

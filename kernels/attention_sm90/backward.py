@@ -1,63 +1,62 @@
-"""Attention backward for Hopper, in one pass: five products for a block of queries and a block of keys, not seven.
+"""The backward pass of attention for Hopper, in one pass: five products per block of queries and keys, not seven.
 
     p_ij = 2^(c (q_i . k_j - m_i)) / l_i    dp_ij = do_i . v_j    ds_ij = p_ij (dp_ij - delta_i)
     dv_j = sum_i p_ij do_i    dk_j = scale sum_i ds_ij q_i    dq_i = scale sum_j ds_ij k_j
 
-with delta_i = do_i . o_i - dlse_i, c = scale log2(e) > 0, and m and l of forward.py. p is 0 where row i does not
-see key j; which it sees, reach and the diagonal are those of forward.py, too.
+with delta_i = do_i . o_i - dlse_i, c = scale log2(e) > 0, and m and l of forward.py. p is 0 where row i does not see
+key j; forward.py defines reach and the diagonal.
 
-One program per multiprocessor takes blocks of BLOCK_N keys of one key head, one after the other, as the plan says that
-the small kernel before it has written. For each it goes through the blocks of queries that see some of its keys, for
-every query head of the group. Two warpgroups compute, on scores that lie transposed, [keys, queries]: so p and ds go
-from registers into the products for dv and dk, whose sums stay in registers. A third group holds two warps: one has TMA
-fetch the tiles, through rings as in forward.py; the other has TMA add dq to float32 sums in memory.
+Descriptors, made by the host: q, do [B, Hq, Lq, D] in tiles of BLOCK_M rows; k, v, dk, dv [B, Hk, Lk, D] in tiles of
+64; all in tiles of D columns, of 128 with D = 256; stats [B, Hq, 4, L] float32, L a multiple of 128, in tiles of
+BLOCK_M columns; dq [B, Hq, Lq, D] float32 in tiles of 64 x 64, zero at first, without the factor scale. Beyond a tensor
+TMA reads 0 and writes nothing. Pointers: turns [B, Hq, ceil(Lq / BLOCK_M)] int32, zero at first: the counters; plan
+[rounds + 1, programs, FIELDS] int32. scale is c. PARTS: the number of tiles that make the columns of a row.
+
+Saved by the forward pass: o and statistics.
+
+One program per multiprocessor processes blocks of BLOCK_N keys of one key head, one after the other, in the order of
+the plan, which the small kernel attention_backward_rows writes before. For each block it loops over the blocks of
+queries that see some of its keys, for every query head of the group. Two warpgroups compute, on transposed scores,
+[keys, queries]: so p and ds go from registers into the products for dv and dk, whose sums stay in registers. A third
+warpgroup holds two warps. One starts TMA copies, through rings as in forward.py; the other starts TMA's additions of dq
+to float32 sums in memory.
 
 With D = 64 and 128 a block has 128 keys, of which each warpgroup computes 64 (consume_keys). ds also goes to shared
 memory, because dq sums over the keys of both: each computes half of dq, half of its columns or, of 128 queries, half of
 its rows. With D = 256 the sums of 64 keys would take 256 registers of every thread. So a block has 64 keys, and each
 warpgroup computes half of the columns of dv, dk and dq (consume_columns): 128 registers for the sums. Scores, which sum
-over all columns, and dp are each computed once: half of the queries by either, so that p and ds go to shared memory for
-the other. Of 227 KiB of it k and v take 64, two slots of q and of do 128, p and ds 16. There is no room for dq, which
-goes out through the slots in which q and do came in: when a warpgroup has the other's ds, the other is done with scores
-and dp, and from then on either reads, of these slots, no columns but its own. Such a slot is empty when TMA has read dq
-there, not when the warpgroups are done.
+over all columns, and dp are each computed once: half of the queries by either warpgroup, so that p and ds go to shared
+memory for the other. Of its 227 KiB k and v take 64, two slots of q and of do 128, p and ds 16. dq does not fit, and
+leaves through the slots of q and do: when a warpgroup has the other's ds, the other is done with scores and dp, and
+from then on each reads only its own columns of these slots. Such a slot is empty when TMA has read dq from it.
 
-The sums are added up in a fixed order, so that results are the same bits every time. For each block of queries a
-counter says how many blocks of keys have been added, and a program waits until all that come before its own have. To
-reach them at different times the blocks of keys of a head start at different queries, evenly spread or each at its
-diagonal. In one round (turn) they go up from there, and then from the first block that they need to where they started;
-in the next round down: under a causal mask the long blocks of one round meet the short ones of the next, and start as
-far apart as the others end. Of a head, blocks of keys of earlier rounds come first. Of the same round those come first
-that reach a block of queries in the first part of their way; in either part, going up, the higher blocks of keys, going
-down, the lower ones.
+Gradients of queries are added up in a fixed order, so that results are the same bits every time. For each block of
+queries a counter holds how many blocks of keys have been added; a program waits until all before its own have been. To
+spread these waits, the blocks of keys of a head start at different queries, evenly spaced or each at its diagonal. In
+even rounds (``turn``) they go up from there, and then from the first block that they need to where they started; in odd
+rounds down. Under a causal mask the long blocks of one round so meet the short ones of the next, and start as far apart
+as the others end. Within a head, blocks of keys of earlier rounds come first. Within a round those come first that
+reach a block of queries in the first part of their way; within a part, going up, the higher blocks of keys, going down,
+the lower ones.
 
-Nothing waits in a circle. An addition waits for others of the same query head only: of earlier rounds; of the first
-part, in the second; of higher or lower blocks of keys in the same part. Every program makes its own in the order of
-rounds, heads of the group and parts. Take those that are not made and least in this order, and of these the highest,
-going down lowest, block of keys that has any: its next one waits for none. Its program gets there: all programs are
-resident, for the launch is cooperative, and within one the ring of dq, or the slots of q and do, drain into this
-addition: what it computes waits for its earlier ones only, which are made.
+This order is free of deadlock. An addition waits only for others of the same query head: of earlier rounds; of the
+first part, in the second; of higher or lower blocks of keys in the same part. Every program makes its own in the order
+of rounds, heads of the group and parts. Among the additions still to be made consider the least in this order, and of
+these the highest (going down, lowest) block of keys: its next addition waits for none. Its program reaches it: all
+programs are resident, because the launch is cooperative. Within one program the ring of dq, or the slots of q and do,
+drain into this addition, and its computation waits only for its own earlier additions, which have been made.
 
-The order rests on this: the counter is read with acquire; a proxy fence puts TMA's additions after it; TMA's additions
-are waited for until they are written, which makes them visible to the warp that waited; that warp then raises the
-counter with release. One warp does all this, so that a warp barrier orders its threads.
+Memory order: the counter is read with acquire; a proxy fence orders TMA's additions after it; the warp waits until
+TMA's additions are written, which makes them visible to it, and then raises the counter with release. One warp does all
+this, so that a warp barrier orders its threads.
 
-Descriptors, made by the host: q, do [B, Hq, Lq, D] in tiles of BLOCK_M rows; k, v, dk, dv [B, Hk, Lk, D] in tiles of
-64; all in tiles of D columns, of 128 with D = 256; stats [B, Hq, 4, L] float32, L a multiple of 128, in tiles of
-BLOCK_M columns; dq [B, Hq, Lq, D] float32 in tiles of 64 x 64, zero at first, without the factor scale. What lies
-beyond a tensor reads as 0 and is not written. Pointers: turns [B, Hq, ceil(Lq / BLOCK_M)] int32, zero at first: the
-counters; plan [rounds + 1, programs, FIELDS] int32. scale is c. PARTS: how many tiles make the columns of a row.
-Saved by the forward pass: o and statistics.
+Products of scores start from 0, so that they have the bits of the forward pass: after subtracting m little else is left
+of large ones. Those of dp start from -delta: so ds of a row that sees one key is dp's rounding error, not 0.
 
-Products of scores begin with 0, so that they have the bits that they had in the forward pass: little else is left of
-large ones when m is taken from them. Those of dp begin with -delta: so ds of a row that sees one key is what dp was
-rounded by, not 0.
-
-Hidden NaN and infinity: scores are -inf and dp begins with 0 where a query does not see a key, so p and ds are 0 there,
-but 0 hides no NaN of the q, k, v and do that it meets. So NaN and infinity are taken out of keys and values, and, in a
-block of which not every row sees every key, out of q and do. Where they may be seen they come back by stats: a row
-whose l or delta is not finite has NaN in all its p. For this every product q_i . k_j and do_i . v_j has to be finite
-in float32.
+Hidden NaN and infinity: where a query does not see a key, scores are -inf and dp starts from 0, so p and ds are 0. But
+0 times NaN is NaN, for the NaN of q, k, v and do. So non-finite values are replaced in keys and values, and, in a block
+of which not every row sees every key, in q and do. Where they are visible they come back by stats: a row whose l or
+delta is not finite has NaN in all its p. For this every product q_i . k_j and do_i . v_j has to be finite in float32.
 """
 
 import triton.language as tl
@@ -72,7 +71,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-#: Numbers that the plan has for every tile, and the places of each.
+#: The number of fields that the plan has for every tile, and the index of each.
 FIELDS = gl.constexpr(16)
 HEAD = gl.constexpr(0)
 BLOCK = gl.constexpr(1)
@@ -93,14 +92,15 @@ NEXT = gl.constexpr(14)
 
 @gluon.jit
 def starts_of(q_length, keys, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """How many blocks of keys start at the same queries, and how many blocks of queries further the next ones do."""
+    """The number of blocks of keys that start at the same queries, and the distance to the next start, in blocks of
+    queries."""
     end, blocks = gl.maximum(gl.cdiv(q_length, BLOCK_M), 1), gl.cdiv(keys, BLOCK_N)
     return gl.cdiv(blocks, end), gl.maximum(end // blocks, 1)
 
 
 @gluon.jit
 def queries_of(block, q_length, k_length, reach, keys, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """First block of queries that sees some of a block of keys, how many do, and where a program starts."""
+    """The first block of queries that sees some of a block of keys, the number of them, and where a program starts."""
     j0 = block * BLOCK_N
     first = gl.maximum(j0 + 1 - reach, 0) // BLOCK_M
     count = gl.where(j0 < k_length, gl.maximum(gl.cdiv(q_length, BLOCK_M) - first, 0), 0)
@@ -110,7 +110,7 @@ def queries_of(block, q_length, k_length, reach, keys, BLOCK_M: gl.constexpr, BL
 
 @gluon.jit
 def queries_at(step, turn, first, count, start):
-    """The block of queries of a step: from ``start`` up and round, or in every other round from below it down."""
+    """The block of queries of a step: from ``start`` upwards and round; in odd rounds from below it downwards."""
     ahead = start - first + gl.where(turn % 2 == 0, step, count - 1 - step)
     return first + gl.where(ahead >= count, ahead - count, ahead)
 
@@ -141,10 +141,10 @@ def mates_of(turn, head, heads, blocks, programs, section):
 def added_before(
     queries, block, turn, mates, end, together, apart, k_length, reach, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
 ):
-    """How many blocks of keys are added to a block of queries before ``block`` is, one of [mates, end) of this round.
-    What a block of keys is seen by, those before it are, too."""
+    """The number of blocks of keys that are added to a block of queries before ``block``, one of [mates, end) of this
+    round. A query that sees a block of keys also sees all blocks before it."""
     end = gl.minimum(end, gl.cdiv(k_length, BLOCK_N))
-    # Of those that are seen the first ones start at these queries or before.
+    # Of the visible ones the first start at these queries or before.
     end = gl.minimum(end, ((queries + 1) * BLOCK_M + reach - 2 + BLOCK_N) // BLOCK_N)
     middle = gl.maximum(gl.minimum(end, (queries // apart + 1) * together), mates)
     up = gl.where(block < middle, middle - 1 - block, middle - mates + end - 1 - block)
@@ -157,7 +157,7 @@ def write_plan(
     plan, programs, batch, heads, group, queries, keys, q_lengths, k_lengths, flags, right, section,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """The tiles of 128 programs and turns, one for each thread."""
+    """Writes the plan of 128 tiles, one per thread."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     blocks = gl.cdiv(keys, BLOCK_N)
     tiles = batch * heads * blocks
@@ -165,17 +165,17 @@ def write_plan(
     turn, program = slot // programs, slot % programs
     tile = tile_of(turn, program, programs)
     here = tile < tiles
-    # The first block of keys, which most queries see under a causal mask, of every head comes first.
+    # The first blocks of keys of all heads, which most queries see under a causal mask, come first.
     head, last = place_of(gl.where(here, tile, 0), batch * heads, blocks, section)
     block = blocks - 1 - last
     q_length, k_length = lengths_of(head // heads, q_lengths, k_lengths, flags, queries, keys)
     reach = right + 1 + gl.where(flags & 4 != 0, k_length - q_length, 0)
     first, count, start = queries_of(block, q_length, k_length, reach, keys, BLOCK_M, BLOCK_N)
-    # Where every row sees every key.
+    # The end of the blocks of queries of which every row sees every key.
     whole_end = gl.where((block + 1) * BLOCK_N <= k_length, q_length // BLOCK_M, 0)
     mates, mates_end = mates_of(turn, head, batch * heads, blocks, programs, section)
     at = plan + slot * FIELDS
-    # One round more, of no tiles: each program's last.
+    # One more round without tiles ends every program's list.
     given = slot < (gl.cdiv(tiles, programs) + 1) * programs
     gl.store(at + HEAD, gl.where(here, head, -1), mask=given)
     gl.store(at + BLOCK, block, mask=given)
@@ -196,7 +196,7 @@ def write_plan(
 
 @gluon.jit
 def half_of(at, heads, HALF: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr):
-    """Where one half of a block of keys lies: half of its keys, or half of its columns."""
+    """The position of one half of a block of keys: half of its keys, or half of its columns."""
     head = gl.load(at + HEAD)
     j0 = gl.load(at + BLOCK) * BLOCK_N
     if BLOCK_N == ROWS:
@@ -223,8 +223,8 @@ def mask_hidden(x, value, at, j0, i0):
 
 @gluon.jit
 def make_finite(tile, LENGTH: gl.constexpr, D: gl.constexpr):
-    """Puts 0 in the place of NaN and a large number in that of infinity, in a tile [LENGTH, D] of shared memory: an
-    infinite key has to stay far away; 2^59, of which products can still be summed, or 65504."""
+    """Replaces NaN by 0 and infinity by a large number in a tile [LENGTH, D] of shared memory, so that scores of
+    infinite keys stay extreme: 2^59, whose products can still be summed, or 65504."""
     across: gl.constexpr = min(32, D // 8)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
     exponent: gl.constexpr = 0x7F80 if tile.dtype == gl.bfloat16 else 0x7C00
@@ -239,7 +239,7 @@ def make_finite(tile, LENGTH: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def fence_async_global():
-    """What was read from memory comes before what TMA does to it from here on."""
+    """Orders earlier reads of global memory before later accesses by TMA."""
     gl.inline_asm("fence.proxy.async.global;", "", [], [], is_pure=False)
 
 
@@ -248,11 +248,11 @@ def attention_backward_rows(
     o_desc, do_desc, statistics, d_lse, stats, plan, q_lengths, k_lengths, flags, right, section, programs, heads, keys,
     padded, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """Before the other kernel: what is taken from the scores and dp of each row of queries, and the plan.
+    """The small kernel before the main one: computes what is subtracted from scores and dp of each row, and the plan.
 
     Descriptors: o, do [B, Hq, Lq, D] in tiles of 64 rows and up to 128 columns. Pointers: statistics and, or null (bit
-    3 of ``flags``), d_lse [B, Hq, Lq] float32 contiguous; stats [B, Hq, 4, padded], written: what products of scores
-    begin with, m, 1 / l and -delta. The first is 0; -inf for a row that sees nothing; and NaN for one with NaN or
+    3 of ``flags``), d_lse [B, Hq, Lq] float32 contiguous; stats [B, Hq, 4, padded], written: the start of products
+    of scores, m, 1 / l and -delta. The first is 0; -inf for a row that sees no key; and NaN for one with NaN or
     infinity in o, do or l, whose p become NaN. plan [tiles, FIELDS] int32, written. Programs: enough for the rows, 64
     each, and for the plan, 128 tiles each.
     """
@@ -304,7 +304,7 @@ def produce(
     q_desc, k_desc, v_desc, do_desc, stats_desc, plan, rings, barriers,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches."""
+    """The producer: one warp that starts all copies."""
     COLUMNS: gl.constexpr = q_desc.block_shape[3]
     PARTS: gl.constexpr = 2 * ROWS // BLOCK_N
     q_ring, do_ring, stats_ring, k_room, v_room = rings
@@ -326,7 +326,7 @@ def produce(
                 i0 = queries_of_head(at, step) * BLOCK_M
                 slot = done % STAGES
                 phase = (done // STAGES & 1) ^ 1
-                # The slot of do is empty before that of q.
+                # The slot of do becomes empty before that of q.
                 mbarrier.wait(do_empty.index(slot), phase)
                 mbarrier.expect(do_full.index(slot), PARTS * do_desc.nbytes_per_cta)
                 for part in gl.static_range(PARTS):
@@ -347,7 +347,7 @@ def add_queries(
     dq_desc, k_desc, turns, plan, dq_rings, dq_full, dq_empties,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, DQ_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warp that adds dq up, of which there are two tiles in each of ``dq_rings``."""
+    """The warp that adds dq to memory in order; each of ``dq_rings`` has two tiles of it."""
     PARTS: gl.constexpr = 2 * ROWS // BLOCK_N
     heads = k_desc.shape[1]
     group = dq_desc.shape[1] // heads
@@ -402,10 +402,9 @@ def consume_keys(
     dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_ring, barriers, ds_full, ds_empty, dq_full, dq_empty,
     WHO: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr, DQ_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup that computes keys [64 WHO, 64 WHO + 64) of every block of 128.
+    """A consumer: the warpgroup that computes keys [64 WHO, 64 WHO + 64) of every block of 128.
 
-    Registers are short: what a step needs to know is read from the plan anew, and nothing is kept over a loop that can
-    be computed in it.
+    Registers are scarce: a step reads the plan anew, and nothing is kept across a loop that can be computed in it.
     """
     D: gl.constexpr = dk_desc.block_shape[3]
     dtype: gl.constexpr = dk_desc.dtype
@@ -447,7 +446,7 @@ def consume_keys(
             i = queries_of_step(at, n)
             part = (i < gl.load(at + WHOLE)) | (i >= gl.load(at + WHOLE_END))
             if part:
-                # The other warpgroup does the same, maybe later: it writes what is already there.
+                # The other warpgroup does the same, possibly later: it then writes identical values.
                 if has_nonfinite(q, BLOCK_M, D) | has_nonfinite(do, BLOCK_M, D):
                     make_finite(q, BLOCK_M, D)
                     make_finite(do, BLOCK_M, D)
@@ -464,14 +463,14 @@ def consume_keys(
             dp = warpgroup_mma(v, do.permute([1, 0]), dp, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
             s -= stats.slice(1, 1).load(scores)
-            # Not before: of 128 queries that takes more registers than there are. Of 64 products would wait for each
-            # other if it were done here.
+            # With 128 queries masking takes too many registers before the products. With 64 the products would wait for
+            # each other if masking stood here.
             if BLOCK_M == 128:  # noqa: SIM102
                 if part:
                     s = mask_hidden(s, float("-inf"), at, half_of(at, 1, WHO, 2 * ROWS, D)[2], i * BLOCK_M)
             p = gl.exp2(s * scale)
             dp = warpgroup_mma_wait(0, deps=[dp])
-            # Not before: the registers that it needs are those of what was taken from the scores.
+            # Not earlier: these values take the registers of the subtracted maxima.
             p *= stats.slice(2, 1).load(scores)
             slopes = (p * dp).to(dtype)
             weights = gl.convert_layout(p.to(dtype), operand, assert_trivial=True)
@@ -501,7 +500,7 @@ def consume_keys(
             mbarrier.arrive(q_empty.index(slot))
             done += 1
 
-        # In the places of k and v: of v this warpgroup reads its own half only, of k the other one does for dq.
+        # Reuses k and v. Of v this warpgroup alone reads its half; of k the other one reads it too, for dq.
         v.store(dv.to(dtype))
         if done > 0:
             mbarrier.wait(ds_empty.index((done - 1) % DS_STAGES), (done - 1) // DS_STAGES & 1)
@@ -526,11 +525,11 @@ def consume_columns(
     dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_rings, barriers, ds_full, ds_empty, dq_full,
     WHO: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup that computes scores of queries [32 WHO, 32 WHO + 32) and columns [128 WHO, 128 WHO + 128) of the
-    sums, of every block of 64 keys.
+    """A consumer: the warpgroup that computes, of every block of 64 keys, scores of queries [32 WHO, 32 WHO + 32) and
+    columns [128 WHO, 128 WHO + 128) of the sums.
 
-    Its own p and ds go into the products for dv and dk from registers, without waiting for the other's. The second half
-    of dq is computed after dk, so that both never need registers at once, and takes the place of q.
+    Its own p and ds go from registers into the products for dv and dk, without waiting for the other's. The second half
+    of dq is computed after dk, so that both never need registers at once, and overwrites q.
     """
     COLUMNS: gl.constexpr = dk_desc.block_shape[3]
     HALF: gl.constexpr = BLOCK_M // 2
@@ -630,7 +629,7 @@ def consume_columns(
             mbarrier.arrive(dq_full.index(4 * slot + 2 + WHO))
             done += 1
 
-        # In the places of k and v: the other warpgroup reads this one's columns for scores and dp only.
+        # Reuses k and v: the other warpgroup reads these columns for scores and dp only.
         v.store(dv.to(dtype))
         k.store((dk * (scale * 0.6931471805599453)).to(dtype))
         fence_async_shared()
@@ -648,7 +647,7 @@ def consume(
     WHO: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr,
     DQ_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup that computes."""
+    """A consumer: consume_columns or consume_keys, by the size of a block of keys."""
     if BLOCK_N == ROWS:
         consume_columns(
             dk_desc, dv_desc, plan, scale, rings, ds_ring, dq_rings, barriers, ds_full, ds_empty, dq_full, WHO,
@@ -687,7 +686,7 @@ def attention_backward(
     keys = mbarrier.allocate_mbarrier(batch=3)
     dq_tiles: gl.constexpr = [2 * DQ_STAGES] + dq_desc.block_shape
     if BLOCK_N == ROWS:
-        # A slot of q or do is empty when TMA has added what took its place.
+        # A slot of q or do is empty when TMA has added the dq that overwrote it.
         dq_rings = (
             do_ring.reinterpret(gl.float32, dq_tiles, dq_desc.layout),
             q_ring.reinterpret(gl.float32, dq_tiles, dq_desc.layout),

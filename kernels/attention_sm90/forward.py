@@ -1,31 +1,31 @@
-"""Attention forward for Hopper: o_i = sum_j p_ij v_j over the keys j < min(k_length, i + reach) that row i sees.
+"""The forward pass of attention for Hopper: o_i = sum_j p_ij v_j over the keys j < min(k_length, i + reach).
 
     m' = max(m, max_j s)    l' = l 2^(c(m - m')) + sum_j 2^(c(s - m'))    o' = o 2^(c(m - m')) + sum_j 2^(c(s - m')) v_j
 
 with s = q_i . k_j and c = scale log2(e) > 0; lse = c ln 2 m + ln l. reach = right + 1 + diagonal; the diagonal is
 k_length - q_length (bottom right) or 0 (top left); right is 0 for causal attention and large for none.
 
-One program per multiprocessor takes tiles of 128 queries of one head, one after the other. Of its three warpgroups the
-last holds the producer, one warp that has TMA fetch the tiles; the other two compute 64 rows each. K and V go through
-rings of STAGES tiles, Q through Q_STAGES, and with it the numbers that say where its tile lies. Every slot of a ring
-has two barriers: "full" counts the bytes that arrive, "empty" the warpgroups that are done with them. The n-th use of a
-slot ends the n-th phase of each, and a wait for the phase before the first succeeds at once, so that slots start out
-empty.
+Descriptors, made by the host: q, o [B, Hq, Lq, D] in tiles of 64 rows, k, v [B, Hk, Lk, D] in tiles of BLOCK_N; beyond
+a tensor TMA reads 0 and writes nothing. Pointers: lse [B, Hq, Lq] and statistics [2, B, Hq, Lq], m and l, both 0 for a
+row that sees no key, float32 contiguous; q_lengths and k_lengths [B] int64. Numbers: ``flags``, 1 if q_lengths are
+given, + 2 if k_lengths are, + 4 for bottom right; ``scale`` is c; ``section`` as in common.py.
 
-Blocks of keys are taken from the last to the first. Those that some row sees in part come first, each on its own.
-Then, for blocks that all rows see in full, the product q k of one block and the product p v of the one before it are
-issued together, and run while softmax works on the scores of the first; and the warpgroups take turns in issuing, so
-that one's softmax falls into the other's products.
-
-Registers bound the tiles: of the 232 that a thread has, D / 2 hold the output, BLOCK_N / 2 the scores, BLOCK_N / 4 the
-weights; with D = 256 and BLOCK_N = 64 that is 176. So that the others suffice, a warpgroup reads where its tile lies
-when it needs it, from shared memory; and see query_tile.
-
-Descriptors, made by the host: q, o [B, Hq, Lq, D] in tiles of 64 rows, k, v [B, Hk, Lk, D] in tiles of BLOCK_N; what
-lies beyond a tensor reads as 0 and is not written. Pointers: lse [B, Hq, Lq] and statistics [2, B, Hq, Lq], m and l,
-both 0 where a row sees nothing, float32 contiguous; q_lengths and k_lengths [B] int64. Numbers: ``flags``, 1 if
-q_lengths are given, + 2 if k_lengths are, + 4 for bottom right; ``scale`` is c; ``section`` as in common.py.
 Saved for backward: o and statistics.
+
+One program per multiprocessor computes tiles of 128 queries of one head, one after the other. It has three warpgroups.
+The last one holds the producer, one warp that starts TMA copies; the other two compute 64 rows each. K and V go through
+rings of STAGES tiles, Q through one of Q_STAGES, together with the numbers that describe its tile. Every slot of a ring
+has two barriers: "full" counts the bytes that arrive, "empty" the warpgroups that have finished with them. The n-th use
+of a slot ends the n-th phase of each. A wait for the phase before the first succeeds at once: slots start out empty.
+
+Blocks of keys are processed from the last to the first. Those that some row sees only in part come first, each on its
+own. For the other blocks the product q k of one block and the product p v of the block before it are issued together,
+and run while softmax processes the scores of the first. The warpgroups alternate in issuing, so that the softmax of one
+overlaps with the products of the other.
+
+Registers limit the tiles. A thread has 232: D / 2 for the output, BLOCK_N / 2 for the scores, BLOCK_N / 4 for the
+weights; with D = 256 and BLOCK_N = 64 that is 176. To make the others suffice, a warpgroup reads its tile's numbers
+from shared memory when it needs them; see also query_tile.
 """
 
 from fastgru.kernels.attention_sm90.common import (
@@ -57,13 +57,14 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def rounds_here(problem):
+    """The number of tiles of this program."""
     heads, blocks = problem[0] * problem[1], gl.cdiv(problem[2], BLOCK_M)
     return rounds_of(gl.program_id(0), gl.num_programs(0), heads * blocks)
 
 
 @gluon.jit
 def tile_at(turn, problem, BLOCK_N: gl.constexpr):
-    """Where the tile of this turn lies, and the keys it needs: eight numbers."""
+    """The position of this round's tile, and the keys that it needs: eight numbers."""
     batch, heads, queries, keys, q_lengths, k_lengths, flags, right, section = problem
     tile = tile_of(turn, gl.program_id(0), gl.num_programs(0))
     head, block = place_of(tile, batch * heads, gl.cdiv(queries, BLOCK_M), section)
@@ -76,7 +77,7 @@ def tile_at(turn, problem, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def fetch(desc, place, ring, full, empty, use, STAGES: gl.constexpr):
-    """Have the ``use``-th tile of a ring fetched, once its slot is empty."""
+    """Starts the copy of the ``use``-th tile of a ring, once its slot is empty."""
     slot = use % STAGES
     mbarrier.wait(empty.index(slot), (use // STAGES & 1) ^ 1)
     mbarrier.expect(full.index(slot), desc.nbytes_per_cta)
@@ -88,7 +89,7 @@ def produce(
     q_desc, k_desc, v_desc, problem, rings, barriers,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches."""
+    """The producer: one warp that starts all copies."""
     q_ring, k_ring, v_ring, places = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     group = problem[1] // k_desc.shape[1]
@@ -104,7 +105,7 @@ def produce(
             post(places.index(slot), place)
             mbarrier.expect(q_full.index(slot), q_desc.nbytes_per_cta)
             tma.async_load(q_desc, [b, h, i0 + who * ROWS, 0], q_full.index(slot), q_ring.index(slot))
-        # The keys one block ahead, as they are used.
+        # In the order of use, the keys one block ahead.
         for n in range(needed):
             j0 = (needed - 1 - n) * BLOCK_N
             if n < needed - 1:
@@ -115,8 +116,10 @@ def produce(
 
 @gluon.jit
 def add_row_by_row(acc, p, room, v_tile, BLOCK_N: gl.constexpr):
-    """acc + p v for one block of keys, where a weight of 0 hides whatever value it meets. The weights wait in shared
-    memory, ``room`` [ROWS, BLOCK_N]: there are not registers enough for all."""
+    """acc + p v for one block of keys, where a weight of 0 also hides a non-finite value.
+
+    For want of registers the weights are kept in shared memory, ``room`` [ROWS, BLOCK_N].
+    """
     layout: gl.constexpr = acc.type.layout
     flat: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [1, 4], [1, 0])
     room.store(p.to(room.dtype))
@@ -134,8 +137,8 @@ def add_row_by_row(acc, p, room, v_tile, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def query_tile(q_ring, slot, n):
-    """The tile of queries [ROWS, D]. Of ``n``, a number of blocks of keys, nothing is added, as they are fewer than
-    2^24; but otherwise the two words that describe each of D / 16 parts of the tile would be kept in registers."""
+    """The tile of queries [ROWS, D]. ``n``, a number of blocks of keys below 2^24, adds 0. It keeps the compiler from
+    hoisting the two-word descriptors of the D / 16 parts of the tile out of the loop, into registers."""
     return q_ring.index(slot + (n >> 24)).reshape([ROWS, q_ring.shape[4]])
 
 
@@ -144,7 +147,7 @@ def consume(
     o_desc, problem, saved, scale, rings, rooms, barriers, order,
     WHO: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup that computes rows [64 WHO, 64 WHO + 64) of every tile."""
+    """A consumer: the warpgroup that computes rows [64 WHO, 64 WHO + 64) of every tile."""
     D: gl.constexpr = o_desc.block_shape[3]
     dtype: gl.constexpr = o_desc.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -205,7 +208,8 @@ def consume(
             for n in range(whole - 1):
                 k_slot = (done + 1) % STAGES
                 mbarrier.wait(k_full.index(k_slot), (done + 1) // STAGES & 1)
-                # The other warpgroup has issued its products of this round, of the one before for the first of the two.
+                # Waits until the other warpgroup has issued its products: the second one for those of this iteration,
+                # the first one for those of the iteration before.
                 mbarrier.wait(order.index(WHO), (issues & 1) ^ (1 - WHO))
                 k = k_ring.index(k_slot).reshape([BLOCK_N, D]).permute([1, 0])
                 s = warpgroup_mma(query_tile(q_ring, q_slot, n), k, nothing, use_acc=False, is_async=True)
@@ -234,11 +238,11 @@ def consume(
         empty = (total == 0.0) | (i >= q_length)
         factor = gl.convert_layout(gl.where(empty, 0.0, 1.0 / total), sum_row, assert_trivial=True)
         out = gl.where(factor[:, None] == 0.0, 0.0, acc * factor[:, None])
-        # In the place of q, which nobody reads any more.
+        # Reuses the slot of q, which has no reader left.
         query_tile(q_ring, q_slot, 0).store(out.to(dtype))
         fence_async_shared()
         tma.async_store(o_desc, [b, h, i0 + WHO * ROWS, 0], q_ring.index(q_slot))
-        # -inf: nothing was seen, or nothing but NaN.
+        # -inf: the row sees no key, or only NaN.
         reference = gl.where(empty | (top == float("-inf")), 0.0, top)
         row_lse = gl.where(empty, float("-inf"), reference * (scale * LN_2) + gl.log2(total) * LN_2)
         at = (b * heads + h).to(gl.int64) * queries + i

@@ -1,1 +1,1 @@
-"""The GRU's recurrence in Triton: one step's arithmetic (cell), and the loops forward and backward."""
+"""The GRU's recurrence in Triton: the arithmetic of one step (cell), the forward and the backward recurrence."""

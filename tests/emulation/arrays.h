@@ -1,4 +1,4 @@
-// What the modules that run kernels on the CPU share: Python's arrays as a kernel's memory, and its loops filled in.
+// Converts Python's arrays to the memory and the structs of emulated kernels.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -49,7 +49,7 @@ void with_constants(Precision precision, int column_tiles, Run run) {
   });
 }
 
-// The arrays of a call: what the kernel may touch.
+// The arrays of a call: the memory that the kernel may access.
 class Memory {
  public:
   const void* add(const Array& array) { return pointer(array, false); }

@@ -13,7 +13,7 @@ from types import ModuleType
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-shared"]
-# Jumps lead from one stack to another, which that would take for a mistake.
+# Fibers jump between stacks, which fortified longjmp rejects.
 FLAGS += ["-U_FORTIFY_SOURCE"]
 
 

@@ -1,4 +1,4 @@
-// csrc/cuda/primitives.cuh once more, for the CPU: the same names with the same meaning, carried out by a Machine.
+// Implements csrc/cuda/primitives.cuh on the CPU: the same functions, carried out by a Machine.
 #pragma once
 
 #include <algorithm>

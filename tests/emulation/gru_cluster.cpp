@@ -1,4 +1,4 @@
-// The persistent GRU kernels of csrc/cuda on the CPU, for Python: arrays in, arrays filled.
+// Runs the cluster kernels of csrc/cuda/gru on the emulated machine, for Python: reads arrays and fills others.
 #include "arrays.h"
 #include "cuda/gru/cluster_backward.cuh"
 #include "cuda/gru/cluster_forward.cuh"

@@ -1,4 +1,5 @@
-// The kernels of csrc/cuda/gru/grid.cuh and csrc/cuda/gru/tokens.cuh on the CPU, for Python: arrays in, arrays filled.
+// Runs the kernels of csrc/cuda/gru/grid.cuh and tokens.cuh on the emulated machine, for Python: reads arrays and fills
+// others.
 #include "arrays.h"
 #include "cuda/gru/grid.cuh"
 #include "cuda/gru/tokens.cuh"
@@ -38,7 +39,7 @@ void launch(Precision precision, int H, int B, int D, int column_tiles, bool eac
   const auto with_both = [&](auto p, auto tiles) {
     const GridShape shape = grid_shape<LEFTS, decltype(tiles)::value>(H, B, precision);
     if (shape.bytes == 0) throw std::invalid_argument("no such shape");
-    // Another run's words, or what the launch sets them to.
+    // The words of another run, or the initial value that a launch gives them.
     std::vector<uint32_t> exchange(size_t(D) * shape.groups * BUFFERS * shape.operand_words,
                                    run.fault == "stale workspace" ? 0x3c003c00 : EMPTY);
     const uintptr_t begin = reinterpret_cast<uintptr_t>(exchange.data());
@@ -91,7 +92,7 @@ void run_tokens(int x, int y, const Memory& memory, const std::function<void()>&
   emulation::Machine(grid, {}, memory.regions).run(body);
 }
 
-// The word of the widest kernel that takes a row of H.
+// With the widest word that divides a token's H elements, as the launch does.
 void previous_states(int T, const py::array& output, const py::array& hx, const Array& table,
                      const py::array& previous) {
   Memory memory;

@@ -1,5 +1,5 @@
-// The recurrence of one GRU layer in clusters of multiprocessors. No torch and no CUDA header here; types.h has the
-// structs.
+// Runs the recurrence of one GRU layer in clusters of thread blocks, each of which holds one copy of W_hh. types.h has
+// the structs. No torch and no CUDA header here.
 #pragma once
 
 #include "types.h"
@@ -7,8 +7,8 @@
 namespace fastgru {
 namespace cuda {
 
-// W_hh resident in a cluster of multiprocessors. Both enqueue one launch on `stream`, neither allocate nor wait, and
-// may be captured in a CUDA graph. They return null, or the reason why nothing was enqueued, in words that stay valid.
+// Both enqueue one launch on `stream`, neither allocate nor wait, and may be captured in a CUDA graph. They return
+// null, or the reason why nothing was enqueued, a string that is never freed.
 const char* gru_cluster_forward(const GruForwardLoop& loop, CUstream_st* stream);
 const char* gru_cluster_backward(const GruBackwardLoop& loop, CUstream_st* stream);
 

@@ -1,3 +1,4 @@
+// Launches the backward recurrence in clusters.
 #include "cluster.h"
 #include "cluster_backward.cuh"
 #include "cluster_launch.cuh"

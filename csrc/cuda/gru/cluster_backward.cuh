@@ -1,32 +1,33 @@
-// Backward recurrence of one GRU layer, W_hh resident in a cluster of blocks. For each step, last to first, with t the
-// gradient of the state h' that the step computed from h:
+// The backward recurrence of one GRU layer, with W_hh resident in a cluster of blocks. For each step, last to first,
+// with d_h the gradient of the state h' that the step computed from h:
 //
-//     d_n = t * (1 - z) * (1 - n^2)                   d_z = t * (h - n) * z * (1 - z)
-//     d_r = d_n * (g_n + b_hn) * r * (1 - r)          d_g = d_n * r
-//     t of the step before = grad_output + t * z + (d_r, d_z, d_g) W_hh
+//     d_n = d_h * (1 - z) * (1 - n^2)                 d_z = d_h * (h - n) * z * (1 - z)
+//     d_q = d_n * r                                   d_r = d_n * q * r * (1 - r)
+//     d_h of the step before = grad_output + d_h * z + (d_r, d_z, d_q) W_hh
 //
-// GruBackwardLoop has every pointer. r, z, n and g_n + b_hn were saved by forward; the gradients of the gates are what
-// the products after the loop need.
+// GruBackwardLoop (types.h) has every pointer and its shape. The forward pass saved r, z, n, q in loop.gates. The
+// products after the recurrence need the gradients of the gates, loop.grad_gates.
 //
-// Who owns what. As forwards, a cluster runs 8 * COLUMN_TILES rows of the batch in one direction and a block owns tiles
-// of 16 hidden units; one thread of 64 per tile and 8 columns computes two units of one column and carries their
-// gradient in float32. The product sums over the gates of all units. A block does its own units' share of that sum, for
-// all H results, from the rows of W_hh it owns, and sends each block the part that is of that block's units: a
-// reduce-scatter. The other way, sending gate gradients to everybody, takes 3H numbers of 16 bits per column and block
-// instead of H of 32, and sums within the block on top.
+// Ownership. As in the forward pass a cluster runs 8 * COLUMN_TILES rows of the batch in one direction, a block owns
+// tiles of 16 hidden units, and one thread of 64 per tile and 8 columns computes a pair and carries its gradient in
+// float32. The product sums over the gates of all units. A block computes the share of its own units in that sum, for
+// all H results, from its rows of W_hh, and sends each block the results of that block's units: a reduce-scatter.
+// Sending the gate gradients to all blocks instead takes 3H numbers of 16 bits per column and block, not H of 32, and a
+// sum over all units in every block.
 //
-// The exchange. A warp multiplies for up to four tiles of grad_h, and its lanes send their sums, 16 bytes each, into
-// the slot that the receiver has for the sender; the receiver adds the slots up by rank, so the order of arrival does
-// not show in the result. Exchange e, which ends step e, goes to slots e % 2 and is counted down by barrier e % 2.
-//   - A message of exchange e overwrites what was read before exchange e - 1: its sender's threads have passed the
-//   block
-//     barrier of step e, behind its gate threads, which had waited for exchange e - 1, so for sums of the receiver that
-//     its warps computed behind its block barrier of step e - 1, behind the reads of exchange e - 2 there.
-//   - For the same reason no message of exchange e + 2 comes before exchange e is over.
-//   - The gate gradients, as operand of the block's own product, are double-buffered because a warp may still read
-//     those of step e when exchange e is over: what it computes is for another block.
-//   - The last exchange is waited for as all others are, so all that was sent has arrived at the end.
-// So again a step pays for one block barrier and one message.
+// Exchange. A warp multiplies for up to four tiles of the result, and its lanes send their sums, 16 bytes each, to the
+// slot that the receiver has for the sender. The receiver adds the slots up by rank, so that the result does not depend
+// on the order of arrival. Exchange e, which ends step e, uses slots e % 2 and barrier e % 2.
+//   - A message of exchange e overwrites sums of exchange e - 2. Its sender has passed the block barrier of step e, so
+//   its
+//     threads had received exchange e - 1, the receiver's sums included. The receiver computed those after its block
+//     barrier of step e - 1, which comes after its reads of exchange e - 2.
+//   - By the same argument no message of exchange e + 2 arrives before exchange e is over.
+//   - The gate gradients, operand of the block's own product, have two buffers: a warp may still read those of step e
+//   when
+//     exchange e is over, because it computes results for another block.
+//   - All exchanges are waited for, the last one included, so at the end all messages have arrived.
+// A step costs one block barrier and the latency of one message.
 #pragma once
 
 #include "cluster_shape.h"
@@ -66,7 +67,7 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
         store_shared(left_offset(at, block - from, i), words);
       }
   };
-  // Through shared memory into registers, as forwards.
+  // Weights for registers pass through shared memory, as in the forward pass.
   uint32_t left[RESIDENT][BACKWARD_TILES][4];
   gather(0, 0, min(RESIDENT, block_count));
 #pragma unroll
@@ -90,7 +91,7 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
 
   // --- The steps
 
-  // The gradient of the pair's state: of the state that step `step` computed, without grad_output.
+  // The gradient of the pair's state, without grad_output.
   float carry[2] = {0, 0};
   const auto state_at = [&](int i) { return (int64_t(direction) * loop.B + b) * H + own.unit[i]; };
   if (own.has_pair && b < loop.B && loop.grad_h_n != nullptr)
@@ -113,7 +114,7 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
     }
   };
 
-  // What a step needs from memory is loaded as soon as that of the step before has been used.
+  // The saved values of a step are loaded as soon as those of the step before have been used.
   Saved<P> saved;
   const auto token_of = [&](int step) { return first_token(loop.table, time_of(step), loop.B) + b; };
   const auto is_active = [&](int step) { return time_of(step) < own.length; };
@@ -162,7 +163,7 @@ FASTGRU_DEVICE void gru_cluster_backward_block(const GruBackwardLoop& loop, cons
         for (int of_columns = 0; of_columns < COLUMN_TILES; ++of_columns)
           multiply_add<P>(sum[i][of_columns], words, right[of_columns]);
       };
-      // The next operand is on its way while one is multiplied with.
+      // Software pipelining: the next right operand is loaded while this one is multiplied.
       uint32_t right[2][COLUMN_TILES][2];
       load_right(0, right[0]);
 #pragma unroll

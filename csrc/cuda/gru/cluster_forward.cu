@@ -1,3 +1,4 @@
+// Launches the forward recurrence in clusters, and says for which layers and devices clusters can run.
 #include "cluster.h"
 #include "cluster_forward.cuh"
 #include "cluster_launch.cuh"

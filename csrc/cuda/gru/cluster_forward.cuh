@@ -1,32 +1,32 @@
-// Forward recurrence of one GRU layer, W_hh resident in a cluster of blocks. For each step, with i = x W_ih^T at hand:
+// The forward recurrence of one GRU layer, with W_hh resident in a cluster of blocks. For each step:
 //
-//     g = h W_hh^T
-//     r = sigmoid(i_r + b_ir + g_r + b_hr)            z = sigmoid(i_z + b_iz + g_z + b_hz)
-//     n = tanh(i_n + b_in + r * q)                 h' = n + z * (h - n)
+//     g = h W_hh^T                                    r = sigmoid(i_r + b_ir + g_r + b_hr)
+//     z = sigmoid(i_z + b_iz + g_z + b_hz)            q = g_n + b_hn
+//     n = tanh(i_n + b_in + r * q)                    h' = n + z * (h - n)
 //
-// GruForwardLoop has every pointer. Saved for backward, where wanted: r, z, n, q.
+// The input projection i = x W_ih^T is computed before. GruForwardLoop (types.h) has every pointer and its shape. Saved
+// for backward, where wanted: r, z, n, q in loop.gates.
 //
-// Who owns what. A cluster runs 8 * COLUMN_TILES rows of the batch in one direction; clusters know nothing of each
-// other. A block owns some tiles of 16 hidden units, in all three gates, and has their rows of W_hh in registers and
-// shared memory for the whole sequence. A warp multiplies the three gates of one tile with a slice of h, so that r, z
-// and n of a unit meet in one place; one thread of 64 per tile and 8 columns then adds the slices up and computes two
-// units of one column, whose h it carries in float32.
+// Ownership. A cluster runs 8 * COLUMN_TILES rows of the batch in one direction, independently of other clusters. A
+// block owns tiles of 16 hidden units and keeps their rows of W_hh, of all three gates, in registers and shared memory.
+// A warp multiplies the three gates of one tile with a slice of h, so that r, z and n of a unit meet in one block. Of
+// the 64 threads per tile and 8 columns, each adds up the slices for one pair: two units of one column. It carries the
+// pair's h in float32.
 //
-// The exchange. h as operand lies in every block, twice: step s reads buffer s % 2, and its result goes to buffer
-// (s + 1) % 2 of every block, the own one included, as messages of 16 bytes that count down the barrier of that buffer.
-// A phase of a barrier is the arrival of all of h.
-//   - A message for step s + 1 overwrites what was read in step s - 1. Its sender has all of h for step s, hence heard
-//     from the receiving block in step s - 1 after that had read its operand: the receiver's own pairs were computed
-//     from sums that all its warps had finished, with a block barrier in between. This needs every block to own a tile.
-//   - For the same reason no message of the phase after next comes before the next phase has ended; whether messages
-//   come
-//     before the barrier is told how many to expect makes no difference.
-//   - The sums of the warps are overwritten in step s + 1 by warps that have all of h, the own block's part included,
+// Exchange. Every block holds all of h, the operand of the product, in two buffers. Step s reads buffer s % 2; its
+// result is sent to buffer (s + 1) % 2 of every block, its own included. Messages have 16 bytes and count down the
+// buffer's barrier; one phase of the barrier is the arrival of all of h.
+//   - A message for step s + 1 overwrites the operand of step s - 1. Its sender has all of h for step s, the receiver's
+//     part included. The receiver computed that part in step s - 1, after a block barrier behind which all its warps
+//     had read their operand. This needs every block to own a tile.
+//   - By the same argument no message of the phase after the next arrives before the next phase has ended. Messages may
+//     arrive before the barrier expects their bytes.
+//   - The sums of the warps are overwritten in step s + 1 by warps that have all of h, their own block's part included,
 //     hence after the sums of step s were read.
-//   - The last step sends nothing. All that was sent has then arrived; the closing cluster barrier only makes the end
-//   of
-//     a block's life independent of that argument.
-// So that no cluster barrier stands in the loop: a step pays for one block barrier and one message.
+//   - The last step sends nothing, so at the end all messages have arrived. The closing cluster barrier keeps every
+//   block
+//     alive without relying on this argument.
+// A step costs one block barrier and the latency of one message; no cluster barrier stands in the loop.
 #pragma once
 
 #include "cluster_shape.h"
@@ -67,8 +67,8 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
         store_shared(left_offset(at, block - from, gate), words);
       }
   };
-  // Those for registers take the way through shared memory, where nothing else is yet: a loop can then gather them,
-  // where registers need an unrolled one. Each lane reads what it wrote.
+  // Weights for registers pass through shared memory, which is still unused: a rolled loop can then gather them, where
+  // registers need an unrolled one. Each lane reads what it wrote.
   uint32_t left[RESIDENT][3][4];
   gather(0, 0, min(RESIDENT, block_count));
 #pragma unroll
@@ -79,7 +79,7 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
   sync_threads();
   gather(shape.left, RESIDENT, block_count);
 
-  // --- What the pair begins with
+  // --- Initial state and biases of the pair
 
   float h[2] = {0, 0};
   if (own.has_pair && b < loop.B) {
@@ -128,7 +128,7 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
 
   // --- The steps
 
-  // A step's projection is loaded at the end of the step before, and comes while h is on its way.
+  // A step's projection is loaded at the end of the step before, while h is being exchanged.
   Stored i_gates[3][2];
   const auto token_of = [&](int step) { return first_token(loop.table, time_of(step), loop.B) + b; };
   const auto is_active = [&](int step) { return time_of(step) < own.length; };
@@ -157,7 +157,7 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
         for (int of_columns = 0; of_columns < COLUMN_TILES; ++of_columns)
           multiply_add<P>(sum[gate][of_columns], words, right[of_columns]);
       };
-      // The next operand is on its way while one is multiplied with.
+      // Software pipelining: the next right operand is loaded while this one is multiplied.
       uint32_t right[2][COLUMN_TILES][2];
       load_right(0, right[0]);
 #pragma unroll
@@ -208,7 +208,7 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
       const Gates gates = compute_gates<P>(i_gates, g, bias_offset, active, h);
 
       if (step + 1 < steps) {
-        // Neighbours put their pairs together to messages; each then sends it to some of the blocks.
+        // Neighbouring lanes combine their pairs into one message; each lane sends it to some of the blocks.
         constexpr int GROUP = Num::PAIRS_PER_MESSAGE;
         uint32_t words[Num::PAIR_WORDS], message[4];
         Num::to_operand(h[0], h[1], words);
@@ -218,7 +218,7 @@ FASTGRU_DEVICE void gru_cluster_forward_block(const GruForwardLoop& loop, const 
         const uint32_t offset = operand(step + 1) + operand_tile(own.tile, own.column_tile) +
                                 Num::pair_offset(own.column, Num::pair_of(own.place / GROUP * GROUP));
         for (int i = lane % GROUP; i < shape.cluster; i += GROUP) {
-          // Each begins with itself, so that not all send to the same block at once.
+          // Each block begins with itself, so that not all send to the same block at once.
           const int peer = rank + i < shape.cluster ? rank + i : rank + i - shape.cluster;
           send(peer, offset, message, barrier(step + 1));
         }

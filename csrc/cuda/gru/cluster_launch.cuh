@@ -1,4 +1,4 @@
-// Chooses how a layer is spread over clusters, and launches. Host code.
+// Chooses the size of the clusters for a layer, and launches a cluster kernel. Host code.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,7 +22,7 @@ struct ClusterPlan {
   int blocks = 0;  // of one direction
 };
 
-// CUDA's words for a failure. An error that is left behind would be reported by whoever calls CUDA next.
+// CUDA's message for a failure. Clears the error, which the next caller of CUDA would otherwise get.
 inline const char* cuda_failure(cudaError_t status) {
   cudaGetLastError();
   return cudaGetErrorString(status);
@@ -42,8 +42,8 @@ inline cudaLaunchConfig_t cluster_config(int cluster, int blocks, int directions
   return config;
 }
 
-// Clusters of this shape that the current device runs at once; 0 and *error set when CUDA refuses. Asked once for each
-// shape, which also prepares the kernel for it.
+// The number of clusters of this shape that the current device runs at once; 0 and *error set when CUDA refuses.
+// Cached, because the query takes long; the first one for a shape also sets the kernel's attributes.
 inline int active_clusters(const void* kernel, int cluster, int bytes, const char** error) {
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, int, int>, std::pair<int, const char*>> known;
@@ -56,7 +56,7 @@ inline int active_clusters(const void* kernel, int cluster, int bytes, const cha
   if (is_new) {
     cudaFuncAttributes attributes{};
     status = cudaFuncGetAttributes(&attributes, kernel);
-    // PTX of an older architecture, translated by the driver, has no body.
+    // Below 9.0 the kernels are compiled with an empty body.
     if (status == cudaSuccess && (attributes.ptxVersion < 90 || attributes.binaryVersion < 90)) {
       why = "the code of this build that the GPU runs is for compute capability below 9.0, which has no clusters";
     } else {
@@ -80,9 +80,8 @@ inline int active_clusters(const void* kernel, int cluster, int bytes, const cha
 
 // Returns null and fills `plan`, or returns the reason why there is none.
 //
-// Fewest rounds of clusters first. Among equals 8 columns before 16, because a step waits for the exchange, and large
-// clusters before small ones, because that takes weights out of shared memory. Which of them is fastest is not yet
-// measured.
+// The plan with the fewest rounds of clusters wins. Among equals 8 columns come before 16, because a step waits for the
+// exchange, and large clusters before small ones, whose weights overflow into shared memory. Not yet measured.
 template <typename Shape>
 const char* plan_clusters(Shape (*shape_of)(int, Precision, int, int), const void* (*kernel_of)(Precision, int), int H,
                           int B, int D, Precision precision, ClusterPlan<Shape>* plan) {

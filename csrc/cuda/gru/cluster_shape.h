@@ -1,9 +1,9 @@
-// How a layer is spread over the blocks of a cluster and the warps of a block, and what lies where in shared memory.
+// Divides a layer among the blocks of a cluster and the warps of a block, and lays out their shared memory.
 //
 // A cluster has one copy of W_hh and runs 8 or 16 rows of the batch ("columns", see operands.cuh). The tiles of 16
-// hidden units are dealt out like cards: the block of rank r has tiles r, r + cluster, ..., in all three gates. Every
-// block gets one: hearing from all others in every step is what lets a block go on. What does not fit in registers is
-// read from shared memory in each step.
+// hidden units are assigned round-robin: the block of rank r has tiles r, r + cluster, ..., in all three gates. Every
+// block gets at least one, because the exchange relies on hearing from all blocks in every step. Weights that do not
+// fit in registers are read from shared memory in each step.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@ constexpr int BACKWARD_RESIDENT = COLUMN_TILES == 1 ? 6 : 4;
 constexpr int BACKWARD_TILES = 4;
 constexpr int LEFT_BYTES = 512;
 
-// What a block may have of shared memory.
+// Dynamic shared memory of a block, at the most, on compute capability 9.0.
 constexpr int SHARED_BYTES = 227 * 1024;
 // Shared memory begins with two barriers; the rest follows at this offset.
 constexpr int AFTER_BARRIERS = 128;
@@ -55,7 +55,7 @@ inline ForwardShape forward_shape(int H, Precision precision, int cluster, int c
   // A thread has one pair, so that 64 threads are needed for each tile and 8 columns.
   if (s.tiles < cluster || most * column_tiles * 64 > CLUSTER_THREADS) return s;
   const int blocks = s.tiles * blocks_per_tile(precision);
-  // A warp with less than four blocks gains nothing by which the longer sum of partial results would be paid.
+  // A warp with fewer than four blocks saves less than the longer sum of partial results costs.
   s.slices = std::min(CLUSTER_WARPS / most, std::max(1, blocks / 4));
   s.slice_blocks = ceil_div(blocks, s.slices);
   s.slices = ceil_div(blocks, s.slice_blocks);
@@ -66,7 +66,7 @@ inline ForwardShape forward_shape(int H, Precision precision, int cluster, int c
   s.left = s.bias + 4 * CLUSTER_WARPS / 2 * 64;
   const int resident = std::min(s.slice_blocks, column_tiles == 1 ? FORWARD_RESIDENT<1> : FORWARD_RESIDENT<2>);
   const int block_bytes = 3 * s.warps * LEFT_BYTES;
-  // What registers hold passes through shared memory at the start.
+  // Weights for registers pass through shared memory at the start.
   s.bytes = std::max(s.left + (s.slice_blocks - resident) * block_bytes, resident * block_bytes);
   return s;
 }

@@ -1,4 +1,4 @@
-// What a thread of a cluster kernel is: in its cluster, and with which pair.
+// Computes the indices of a thread of a cluster kernel: its block, its warp, and the pair of hidden units that it owns.
 #pragma once
 
 #include "pair.cuh"
@@ -12,7 +12,7 @@ struct ClusterThread {
   int rank, direction;  // of the block
   int tiles;            // that the block owns: rank, rank + cluster, ...
   int b0, steps;        // of the cluster: its first row, which is the longest, as rows are sorted by length
-  // The pair: which of the block's tiles, its column and place there, row, steps of that and units.
+  // The pair: index of its tile in the block, its column and place there, its batch row, that row's steps, its units.
   int index, column_tile, column, place, pair, b, length, tile, unit[2];
   bool has_pair;
 

@@ -1,4 +1,4 @@
-// Launches of the kernels in grid.cuh.
+// Chooses the layout of the grid for a layer, and launches the kernels of grid.cuh cooperatively.
 #include <cuda_runtime.h>
 
 #include <map>
@@ -46,7 +46,7 @@ int attribute(cudaDeviceAttr which, int device) {
   return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
 }
 
-// Blocks of a kernel that the GPU runs at once. Asked for once; the answer is slow to come.
+// The number of blocks of a kernel that the GPU runs at once. Cached, because the query takes long.
 int capacity_of(const void* kernel, int bytes, int device) {
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, int>, int> known;
@@ -59,7 +59,7 @@ int capacity_of(const void* kernel, int bytes, int device) {
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) == cudaSuccess &&
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, GRID_THREADS, bytes) == cudaSuccess)
       at->second = each * attribute(cudaDevAttrMultiProcessorCount, device);
-    // An error that is left behind would be reported by whoever calls CUDA next.
+    // Clears the error, which the next caller of CUDA would otherwise get.
     cudaGetLastError();
   }
   return at->second;
@@ -72,7 +72,7 @@ struct Plan {
   int column_tiles, directions;  // directions per launch
 };
 
-// The layout with the shortest step that the GPU has room for: few columns per block, all directions at once.
+// The layout with the shortest step that fits on the GPU: few columns per block, all directions at once.
 template <int LEFTS>
 Plan plan(int H, int B, int D, Precision precision, int device) {
   Plan plan{};

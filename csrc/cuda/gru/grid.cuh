@@ -1,34 +1,39 @@
-// Recurrence of one GRU layer, forwards and backwards, W_hh resident in all multiprocessors of a GPU together; the
-// equations, with i = x W_ih^T at hand and t the gradient of h':
+// The recurrence of one GRU layer, forward and backward, with W_hh spread over all multiprocessors of a GPU. With d_h
+// the gradient of h':
 //
-//     g = h W_hh^T                                    d_n = t * (1 - z) * (1 - n^2)
-//     r = sigmoid(i_r + b_ir + g_r + b_hr)            d_z = t * (h - n) * z * (1 - z)
-//     z = sigmoid(i_z + b_iz + g_z + b_hz)            d_r = d_n * (g_n + b_hn) * r * (1 - r)
-//     n = tanh(i_n + b_in + r * (g_n + b_hn))         d_g = d_n * r
-//     h' = n + z * (h - n)                            t of the step before: grad_output + t * z + (d_r, d_z, d_g) W_hh
+//     g = h W_hh^T                                    d_n = d_h * (1 - z) * (1 - n^2)
+//     r = sigmoid(i_r + b_ir + g_r + b_hr)            d_z = d_h * (h - n) * z * (1 - z)
+//     z = sigmoid(i_z + b_iz + g_z + b_hz)            d_q = d_n * r
+//     q = g_n + b_hn                                  d_r = d_n * q * r * (1 - r)
+//     n = tanh(i_n + b_in + r * q)                    d_h of the step before:
+//     h' = n + z * (h - n)                                grad_output + d_h * z + (d_r, d_z, d_q) W_hh
 //
-// types.h has every pointer. Saved for backward, where wanted: r, z, n, g_n + b_hn.
+// The input projection i = x W_ih^T is computed before. types.h has every pointer and its shape. Saved for backward,
+// where wanted: r, z, n, q in loop.gates.
 //
-// Who owns what. A group of blocks, one per tile of 16 hidden units, runs 8 * COLUMN_TILES rows of the batch in one
-// direction; groups know nothing of each other. A block has its tile's part of the matrix, forwards rows of the three
-// gates, backwards columns, in registers and shared memory. Its warps share the sum over the units, in slices; one
-// thread of 64 per 8 columns then adds the slices up and computes two units of one column, a *pair* (operands.cuh),
-// whose h, or gradient of h, it carries in float32.
+// Ownership. A group of blocks, one per tile of 16 hidden units, runs 8 * COLUMN_TILES rows of the batch in one
+// direction, independently of other groups. A block keeps its tile's part of W_hh in registers and shared memory: rows
+// of the three gates forwards, columns backwards. Its warps divide the sum over the units into slices. One thread of 64
+// per 8 columns adds the slices up for a pair (operands.cuh): two units of one column. It carries the pair's h, or
+// gradient of h, in float32.
 //
-// The exchange. What all blocks need of a step, h or (d_r, d_z, d_g) as operand of the next product, lies in one of
-// BUFFERS places in global memory. A word there is its own flag: EMPTY until its owner sets it. (No number is EMPTY: a
-// NaN is rounded to another pattern.) A warp waits for the words of its slice and takes them to registers.
-//   - A block that has all of step s knows that every other had all of step s - 1, because that is what it computed its
-//     part of s from. The words of step s - 1 are therefore set to EMPTY in step s, each by its owner, after the block
-//     barrier behind which all warps of the block have what they waited for.
-//   - They are used again in step s + 3. By then whoever looks at one has in step s + 2 seen a word of the same owner,
-//     which that had set after its fence of step s, and has come by a fence of its own since: it cannot see the word of
-//     step s - 1 any more. This is what takes four places. No fence is waited for: it stands where a block has nothing
-//     to do but to wait for the others.
-//   - The sums of the warps lie in two places: a warp that has its slice of the next step may be ahead of the threads
-//     that add up this one, by no more than the barrier of the next step.
-// So that a step pays for one block barrier and one way through the L2 cache. All blocks have to be there at once:
-// the launch is cooperative.
+// Exchange. The operand of the next product, h or (d_r, d_z, d_q) of all units, lies in one of BUFFERS buffers in
+// global memory. A word there is its own flag: EMPTY until its owner stores it. (No number has the bits of EMPTY: NaN
+// is rounded to another pattern.) A warp polls the words of its slice.
+//   - A block that has all of step s knows that every other block had all of step s - 1, from which that computed its
+//   part
+//     of s. So in step s each owner resets its words of step s - 1 to EMPTY, after the block barrier behind which all
+//     warps of the block have their operand.
+//   - The buffer is used again in step s + 3. A thread that polls a word then has seen, in step s + 2, a word of the
+//   same
+//     owner stored after that owner's fence of step s, and has passed a fence of its own since. So it cannot load the
+//     word of step s - 1 any more; this takes four buffers. No thread waits for a fence to complete: it stands where a
+//     block only waits for the others.
+//   - The sums of the warps have two buffers: a warp that has its slice of the next step may run ahead of the threads
+//   that
+//     add up this one, but not past the block barrier of the next step.
+// A step costs one block barrier and one round trip through the L2 cache. All blocks have to be resident: the launch is
+// cooperative.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +44,7 @@
 namespace fastgru {
 namespace cuda {
 
-// Few: what a thread needs beside weights is then needed less often, and registers are what there is too little of.
+// Few threads leave more registers for weights: each needs the same registers for everything else.
 constexpr int GRID_THREADS = 256;
 constexpr int GRID_WARPS = GRID_THREADS / 32;
 constexpr int BUFFERS = 4;
@@ -126,7 +131,8 @@ struct GridProduct {
           store_shared(left_offset(at, block - from, l), words);
         }
     };
-    // A loop can gather them from memory; registers need an unrolled one. Each lane reads what it wrote.
+    // A rolled loop gathers the weights through shared memory; registers need an unrolled one. Each lane reads what it
+    // wrote.
 #pragma unroll
     for (int from = 0; from < RESIDENT; from += CHUNK) {
       gather(0, from, min(from + CHUNK, RESIDENT));
@@ -144,7 +150,7 @@ struct GridProduct {
     return at + ((block * LEFTS + l) * GRID_WARPS + warp) * GRID_LEFT_BYTES + lane * 16;
   }
 
-  // Multiplies with what the exchange holds of `step`, as it comes, and leaves the sums of this warp in shared memory.
+  // Multiplies with the operand of `step` as it arrives, and stores the sums of this warp to shared memory.
   template <typename Exchange>
   FASTGRU_DEVICE void multiply(int step, const Exchange& exchange) {
     float sum[LEFTS][COLUMN_TILES][4] = {};
@@ -176,7 +182,7 @@ struct GridProduct {
     };
 #pragma unroll
     for (int i = 0; i < CHUNK; ++i) fetch(0, i);
-    // As soon as a block has been multiplied, the one that takes its registers is sent for.
+    // Software pipelining: a block's registers are loaded anew as soon as it has been multiplied.
 #pragma unroll
     for (int chunk = 0; chunk < RESIDENT; chunk += CHUNK)
       if (chunk < block_count) {
@@ -218,7 +224,7 @@ struct GridProduct {
     return (((step % 2 * GRID_WARPS + warp) * LEFTS + l) * COLUMN_TILES + columns) * FRAGMENT_BYTES;
   }
 
-  // Adds up what the warps left for a pair.
+  // Adds up the sums of all warps for a pair.
   static FASTGRU_DEVICE void collect(int step, int column_tile, int column, int pair, float (&total)[LEFTS][2]) {
 #pragma unroll
     for (int l = 0; l < LEFTS; ++l) total[l][0] = total[l][1] = 0;
@@ -265,7 +271,7 @@ struct GridExchange {
   }
 };
 
-// What a thread is in its block and group.
+// The indices of a thread: its block, its group, and the pair that it owns.
 template <Precision P, int COLUMN_TILES>
 struct GridThread {
   int direction, group, tile;
@@ -326,8 +332,7 @@ FASTGRU_DEVICE void gru_grid_forward_block(const GruForwardLoop& loop, const Gri
       store_shared(bias_offset(kind), words);
     }
 
-  // A step's projection is loaded as soon as the one before has been used, most of a step ahead; its row is known by
-  // then.
+  // A step's projection is loaded as soon as the one before has been used, most of a step ahead.
   Stored i_gates[3][2];
   const auto token_of = [&](int step) { return first_token(loop.table, time_of(min(step, steps - 1)), loop.B) + b; };
   const auto is_active = [&](int step) { return step < steps && time_of(step) < length; };
@@ -385,7 +390,7 @@ FASTGRU_DEVICE void gru_grid_backward_block(const GruBackwardLoop& loop, const G
     });
   });
 
-  // The gradient of h, of which the product is still missing while a step is under way.
+  // The gradient of h, without the product of the current step.
   float carry[2] = {0, 0};
   if (own.has_pair && b < loop.B && loop.grad_h_n != nullptr) {
     const auto from = static_cast<const Stored*>(loop.grad_h_n) + (int64_t(direction) * loop.B + b) * H;
@@ -393,7 +398,7 @@ FASTGRU_DEVICE void gru_grid_backward_block(const GruBackwardLoop& loop, const G
       if (own.unit[i] < H) carry[i] = Num::widen(load_constant(from + own.unit[i]));
   }
 
-  // What forward left of a step is loaded most of a step ahead.
+  // The saved values of a step are loaded most of a step ahead.
   Saved<P> saved;
   const auto token_of = [&](int step) { return first_token(loop.table, time_of(min(step, steps - 1)), loop.B) + b; };
   const auto is_active = [&](int step) { return step < steps && time_of(step) < length; };
@@ -403,7 +408,7 @@ FASTGRU_DEVICE void gru_grid_backward_block(const GruBackwardLoop& loop, const G
   int token = token_of(0), next_token = token_of(1);
   load_step(token, is_active(0));
 
-  // The gradients of the gates of a step, for the others and for the products after the loop.
+  // The gradients of the gates of a step, for the other blocks and for the products after the recurrence.
   float d[4][2];
   const auto begin_step = [&](int step) {
     const bool active = is_active(step);

@@ -29,7 +29,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Makes a tensor's device the current one, as the kernels need it, and gives the previous one back.
+// Makes a tensor's device current, as the kernels need it, and restores the previous one.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -73,7 +73,7 @@ struct Loop {
   const char* (*backward)(const GruBackwardLoop&, void* workspace, CUstream_st*);
 };
 
-// The first that takes a problem runs it: blocks of a cluster hear of each other sooner than all blocks of the grid.
+// In order of preference: an exchange within a cluster has a shorter latency than one through global memory.
 constexpr Loop kLoops[] = {
     {"cluster", [](const Size& s) { return gru_cluster_why_not(s.H, s.B, s.precision, s.device); },
      [](const Size&) { return size_t(0); },
@@ -83,7 +83,8 @@ constexpr Loop kLoops[] = {
      [](const Size& s) { return gru_grid_workspace(s.H, s.B, s.D, s.precision); }, gru_grid_forward, gru_grid_backward},
 };
 
-// Runs the first loop that takes a problem, of those that `name` admits; empty, it admits all. Returns "", or why not.
+// Runs the first loop that supports a problem; `name`, unless empty, admits only the loop of that name. Returns "", or
+// the reasons why none ran.
 template <class Run>
 std::string first_that_runs(const Size& size, const std::string& name, Run run) {
   std::string reasons;
@@ -100,8 +101,8 @@ std::string first_that_runs(const Size& size, const std::string& name, Run run) 
   return reasons;
 }
 
-// Memory of one call, from torch's allocator. It may be given back while the kernel is still to run: whoever gets it
-// next uses it on the same stream.
+// Memory of one call, from torch's allocator. It may be freed before the kernel has run: the allocator reuses it only
+// on the same stream.
 Tensor scratch(size_t bytes, int device) {
   const int64_t size = int64_t(bytes), stride = 1;
   AtenTensorHandle handle = nullptr;

@@ -1,16 +1,16 @@
-// How numbers of a precision lie in the operands of products, and the arithmetic of the gates, for kernels that keep
-// W_hh on chip.
+// Defines the layouts of the operands of mma.sync in shared memory, and sigmoid and tanh, for kernels that keep W_hh on
+// chip.
 //
-// W_hh is the left operand: the right one then has batch rows as its columns, 8 at a time, where as the left it would
-// take 16 or 64. Hidden units come in tiles of 16. A thread computes units g and g + 8 of a tile, g < 8, for one
-// column: such a *pair* is what a right operand is made of. The order of a sum is free as long as both operands agree;
-// here it is the one in which a pair is one word (bf16, f16) or two neighbouring words (tf32) of the right operand.
+// W_hh is the left operand, so that rows of the batch are the columns of the right one, 8 at a time; as the left
+// operand they would come 16 or 64 at a time. Hidden units come in tiles of 16. A thread computes units g and g + 8 of
+// a tile, g < 8, for one column: a *pair*. The order of a sum is free as long as both operands agree. Here a pair is
+// one word (bf16, f16) or two neighbouring words (tf32) of the right operand.
 //
 // A right operand in shared memory is a sequence of *blocks* of 256 bytes, one per instruction: 16 units (bf16, f16) or
-// 8 (tf32) by 8 columns; lane l reads bytes 8l to 8l + 7.
+// 8 (tf32) by 8 columns. Lane l reads bytes 8l to 8l + 7.
 //
-// A *fragment* is the result of an instruction, 16 units by 8 columns in float32, in 512 bytes, of which a lane writes
-// 16. Their order keeps that write and the read of pairs free of bank conflicts.
+// A *fragment* is the result of an instruction: 16 units by 8 columns in float32, 512 bytes, 16 written by each lane.
+// Their order keeps that write and the read of pairs free of bank conflicts.
 #pragma once
 
 #include <type_traits>
@@ -28,8 +28,8 @@ constexpr int FRAGMENT_BYTES = 512;
 
 constexpr int blocks_per_tile(Precision precision) { return precision == Precision::tf32 ? 2 : 1; }
 
-// What 64 threads do for a tile by 8 columns: thread i has column i / 8 and pair pair_of(i % 8), so that neighbours
-// hold what lies side by side in the operand.
+// Conversions of one precision. Of the 64 threads for a tile by 8 columns thread i has column i / 8 and pair
+// pair_of(i % 8), so that neighbouring threads hold neighbouring words of the operand.
 template <Precision P>
 struct Numbers {
   static constexpr bool WIDE = P == Precision::tf32;
@@ -40,7 +40,7 @@ struct Numbers {
 
   static FASTGRU_DEVICE int pair_of(int i) { return WIDE ? i : (i >> 1) + 4 * (i & 1); }
 
-  // Where a pair lies in the blocks of its tile.
+  // The offset of a pair in the blocks of its tile.
   static FASTGRU_DEVICE uint32_t pair_offset(int column, int pair) {
     return (column * 4 + (pair & 3)) * 8 + (pair >> 2) * (WIDE ? BLOCK_BYTES : 4);
   }
@@ -51,14 +51,14 @@ struct Numbers {
     if constexpr (P == Precision::tf32) return x;
   }
 
-  // A pair as an operand has it.
+  // A pair in the format of an operand.
   static FASTGRU_DEVICE void to_operand(float low, float high, uint32_t (&words)[PAIR_WORDS]) {
     if constexpr (P == Precision::bf16) words[0] = pack_bf16(low, high);
     if constexpr (P == Precision::f16) words[0] = pack_f16(low, high);
     if constexpr (P == Precision::tf32) words[0] = round_tf32(low), words[1] = round_tf32(high);
   }
 
-  // A pair as arrays have it.
+  // A pair in the format of arrays.
   static FASTGRU_DEVICE void to_stored(float low, float high, Stored (&pair)[2]) {
     if constexpr (WIDE) {
       pair[0] = low, pair[1] = high;
@@ -96,7 +96,7 @@ FASTGRU_DEVICE uint32_t fragment_offset(int lane) {
   return (t * 8 + (g ^ (2 * t))) * 16;
 }
 
-// Where a fragment has a pair: 8 bytes.
+// The offset of a pair, 8 bytes, in a fragment.
 FASTGRU_DEVICE uint32_t fragment_pair_offset(int column, int pair) {
   const int t = column / 2;
   return (t * 8 + (pair ^ (2 * t))) * 16 + (column & 1) * 8;
@@ -110,7 +110,7 @@ FASTGRU_DEVICE float tanh(float x) {
   return copysignf((1.0f - e) * reciprocal(1.0f + e), x);
 }
 
-// First row of step t, and number of steps of batch row b; GruForwardLoop has what `rows` is.
+// The first token of step t, and the number of steps of batch row b. types.h describes `table`.
 FASTGRU_DEVICE int first_token(const int32_t* table, int t, int B) { return table ? load_constant(table + t) : t * B; }
 
 FASTGRU_DEVICE int row_steps(const int32_t* table, int T, int b) {

@@ -1,6 +1,5 @@
-// What a thread does for its pair, two hidden units of one row of the batch, in the kernels that keep W_hh on chip: it
-// loads what a step needs of them, computes the gates or their gradients, and stores them. `unit` are the two; the
-// second, or both, may lie beyond H, where nothing is loaded and nothing stored.
+// Computes one step for a pair, two hidden units of one row of the batch: loads the step's values, computes the gates
+// or their gradients, and stores them. `unit` are the two units; those beyond H are neither loaded nor stored.
 #pragma once
 
 #include "operands.cuh"
@@ -18,8 +17,8 @@ FASTGRU_DEVICE void store_pair(const int (&unit)[2], typename Numbers<P>::Stored
 
 // --- Forwards
 
-// Bias of r, z, n or q, by `kind`, those of r and z summed, as it is kept in shared memory: registers are for
-// weights.
+// The bias of r, z, n or q, by `kind`; b_ih and b_hh of r and z are summed. Biases stay in shared memory: registers
+// hold weights.
 template <Precision P>
 FASTGRU_DEVICE void load_bias(const GruForwardLoop& loop, int direction, const int (&unit)[2], int kind,
                               uint32_t (&words)[2]) {
@@ -51,7 +50,8 @@ struct Gates {
   float r[2], z[2], n[2], q[2];
 };
 
-// The gates of a step and, where the row is active, its new state. `bias_offset(kind)` is where its biases lie.
+// Computes the gates of a step and, where the row is active, its new state. `bias_offset(kind)` is the offset of a
+// bias.
 template <Precision P, typename Offset>
 FASTGRU_DEVICE Gates compute_gates(const typename Numbers<P>::Stored (&i_gates)[3][2], const float (&g)[3][2],
                                    Offset bias_offset, bool active, float (&h)[2]) {
@@ -76,7 +76,7 @@ FASTGRU_DEVICE Gates compute_gates(const typename Numbers<P>::Stored (&i_gates)[
   return a;
 }
 
-// The state of an active row, and the gates where they are wanted.
+// Stores the state of an active row, and the gates if wanted.
 template <Precision P>
 FASTGRU_DEVICE void store_state(const GruForwardLoop& loop, int direction, const int (&unit)[2], int token, int stride,
                                 const float (&h)[2], const Gates& a) {
@@ -93,7 +93,7 @@ FASTGRU_DEVICE void store_state(const GruForwardLoop& loop, int direction, const
 
 // --- Backwards
 
-// What forward left of a step.
+// The values of a step that the forward pass saved, and grad_output.
 template <Precision P>
 struct Saved {
   typename Numbers<P>::Stored grad_output[2], previous[2], gates[4][2];  // r, z, n, q
@@ -118,8 +118,8 @@ FASTGRU_DEVICE void load_saved(const GruBackwardLoop& loop, int direction, const
   }
 }
 
-// d_r, d_z, d_n and d_q of a step, and what of the gradient goes past them to the step before. That of a row that has
-// ended passes; its others mean nothing.
+// Computes d_r, d_z, d_n, d_q of a step, and replaces `carry` by d_h * z, the gradient that bypasses the product. A row
+// that is not active keeps its carry, and its d are meaningless.
 template <Precision P>
 FASTGRU_DEVICE void compute_gradients(const Saved<P>& saved, bool active, float (&carry)[2], float (&d)[4][2]) {
   using Num = Numbers<P>;
@@ -136,7 +136,7 @@ FASTGRU_DEVICE void compute_gradients(const Saved<P>& saved, bool active, float 
   }
 }
 
-// Those of an active row.
+// Stores the gradients of the gates of an active row.
 template <Precision P>
 FASTGRU_DEVICE void store_gradients(const GruBackwardLoop& loop, int direction, const int (&unit)[2], int token,
                                     const float (&d)[4][2]) {

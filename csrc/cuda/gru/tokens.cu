@@ -1,4 +1,4 @@
-// Launches of the kernels in tokens.cuh, and the upload, which is all launch.
+// Launches the kernels of tokens.cuh, and copies small tables to the device as arguments of a kernel.
 #include <cuda_runtime.h>
 
 #include "tokens.cuh"
@@ -7,7 +7,7 @@ namespace fastgru {
 namespace cuda {
 namespace {
 
-// As many as the arguments of a launch have room for on every GPU and driver: 4 KiB in all.
+// As many words as fit in the arguments of a launch on every GPU and driver: 4 KiB in all.
 struct Words {
   static constexpr int COUNT = 992;
   int32_t value[COUNT];

@@ -1,4 +1,5 @@
-// See tokens.h, which has every pointer. No block needs another; memory is the limit.
+// Computes the states before each token, and the gates again from finished products. tokens.h has every pointer and its
+// shape. Blocks are independent; the kernels are bound by memory bandwidth.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +18,7 @@ struct alignas(16) SixteenBytes {
   uint32_t words[4];
 };
 
-// Blocks: x = step and, within it, rows; y = direction. `words`: Words in a row of H.
+// Blocks: x = step and, within it, batch rows; y = direction. `words`: Words in the H elements of a token.
 template <typename Word>
 FASTGRU_DEVICE void gru_previous_states_block(const GruTokens& s, int words, const Word* output, const Word* hx,
                                               Word* previous) {
@@ -37,7 +38,10 @@ FASTGRU_DEVICE void gru_previous_states_block(const GruTokens& s, int words, con
   }
 }
 
-// Blocks: x = row, y = direction. Padding holds what the equations give for zeros.
+//     r = sigmoid(i_r + b_ir + g_r + b_hr)    z = sigmoid(i_z + b_iz + g_z + b_hz)
+//     q = g_n + b_hn                          n = tanh(i_n + b_in + r * q)
+//
+// Blocks: x = token, y = direction. Padding holds the equations' values of zeros.
 template <Precision P>
 FASTGRU_DEVICE void gru_gates_block(const GruTokens& s, const typename Numbers<P>::Stored* i,
                                     const typename Numbers<P>::Stored* g, const typename Numbers<P>::Stored* b_ih,
