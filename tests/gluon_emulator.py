@@ -1,15 +1,16 @@
-"""Runs Gluon kernels on the CPU: Triton's interpreter does not.
+"""Emulates Gluon, Hopper's barriers, TMA and wgmma on the CPU, which Triton's interpreter does not.
 
-The source of the kernels runs as Python, with this module in the place of Gluon. What makes such kernels hard is kept:
-the partitions of a warp-specialised kernel, and if wanted those of all programs, run side by side, in an order drawn at
-random at every barrier and copy; barriers count arrivals and bytes and have phases; TMA copies and wgmma take effect
-late, and what TMA stores or adds is read and written at different times. Shared memory starts as NaN and is NaN again
-while a copy into it is under way. Errors, not just wrong numbers, are: a deadlock, an arrival too many, a product whose
-operands change while it runs, a result read before it was waited for, an address out of bounds, a tile stored by TMA or
-multiplied without a fence, a copy still reading when its memory is written, a counter in memory that is read or raised
-without order, TMA's addition after it without a fence.
+The source of the kernels runs as Python, with this module in place of Gluon. The partitions of a warp-specialised
+kernel, and if wanted those of all programs, run concurrently, in an order drawn at random at every barrier and copy.
+Barriers count arrivals and bytes and have phases. TMA copies and wgmma complete late; TMA's stores and additions read
+and write at different times. Shared memory starts as NaN and is NaN again during a copy into it.
 
-Not kept: layouts, registers, the order of summation, the exponential's last bits.
+These raise an error, whether or not numbers are wrong: a deadlock; an arrival too many; a product whose operands change
+while it runs; a result read before it was waited for; an address out of bounds; a tile stored by TMA or multiplied
+without a fence; memory written while a copy still reads it; a counter in memory that is read or raised without memory
+order, or a TMA addition after it without a fence.
+
+Not modelled: layouts, registers, the order of summation, the exponential's last bits.
 """
 
 from __future__ import annotations
@@ -544,14 +545,16 @@ def _fakes() -> dict[str, types.ModuleType]:
 
 
 def emulated(*names: str, changes: dict[str, str] | None = None, after: str = "") -> types.ModuleType:
-    """The last of the modules of kernels/, which may import those before it, with pieces of its source replaced: the
-    first of each that come after ``after``."""
+    """The last of the modules ``names`` of kernels/, which may import those before it.
+
+    ``changes`` replaces pieces of its source: of each the first one after ``after``.
+    """
     fakes = _fakes()
     before = dict(sys.modules)
     try:
         sys.modules.update(fakes)
         for name in names:
-            source = (KERNELS / f"{name}.py").read_text()
+            source = (KERNELS / f"{name.replace('.', '/')}.py").read_text()
             if name == names[-1]:
                 for old, new in (changes or {}).items():
                     start = source.index(after)

@@ -38,12 +38,12 @@ VARIANTS = {variant.name: variant for variant in BUILD["variants"]()}
 
 @pytest.fixture(scope="module")
 def common() -> Any:
-    return emulator.emulated("attn_sm90_common")
+    return emulator.emulated("attention_sm90.common")
 
 
 @pytest.fixture(scope="module")
 def forward() -> Any:
-    return emulator.emulated("attn_sm90_common", "attn_sm90_fwd")
+    return emulator.emulated("attention_sm90.common", "attention_sm90.forward")
 
 
 def scalars(*numbers: int) -> list[emulator.Scalar]:
@@ -231,7 +231,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_noticed(name: str, columns: int) -> None:
     """In the kernels' barriers and bounds: the tests above would not pass with any of them."""
-    wrong = emulator.emulated("attn_sm90_common", "attn_sm90_fwd", changes=dict([MISTAKES[name]]))
+    wrong = emulator.emulated("attention_sm90.common", "attention_sm90.forward", changes=dict([MISTAKES[name]]))
     shape = {"B": 1, "right": 0, "bottom_right": False, "Lq": 1100, "D": columns}
     # Many blocks of keys to a tile, and one: then the producer is far ahead.
     problems = [problem({**shape, "Lk": keys}) for keys in (1000, 40)]
@@ -264,7 +264,7 @@ def test_one_pin() -> None:
 
 
 @pinned
-@pytest.mark.parametrize("name", [f"forward_bfloat16_{columns}" for columns in COLUMNS])
+@pytest.mark.parametrize("name", [f"attention_forward_bfloat16_{columns}" for columns in COLUMNS])
 def test_compiles_to_what_is_meant(name: str, compiled: dict[str, Any], tmp_path: Path) -> None:
     kernel = compiled[name] = BUILD["compiled"](VARIANTS[name])
     code = BUILD["disassembled"](kernel.asm["cubin"], tmp_path)
@@ -328,7 +328,7 @@ CUresult cuLaunchCooperativeKernel(CUfunction f, unsigned x, unsigned y, unsigne
 """
 REGISTRATION = r"""
 #include <torch/csrc/stable/library.h>
-#include "cuda/launch.h"
+#include "cuda/cubin_launch.h"
 STABLE_TORCH_LIBRARY(fastgru_launch_test, m) {
   m.def("load(str path, str symbol, int device, int shared) -> ()");
   m.def("launch(Tensor(a!)[] tensors, str path, str symbol, int device, int programs, bool cooperative, "
@@ -345,7 +345,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgru_launch_test, CompositeExplicitAutograd, m) {
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 def test_the_launcher_passes_what_the_kernel_takes(compiled: dict[str, Any], tmp_path: Path) -> None:
     """Of the sizes that the cubin itself tells, in the order of the kernel's source."""
-    name = "forward_bfloat16_64"
+    name = "attention_forward_bfloat16_64"
     kernel = compiled.get(name) or BUILD["compiled"](VARIANTS[name])
     nvidia = Path(importlib.import_module("triton").__file__).parent / "backends" / "nvidia"
     cubin = tmp_path / "kernel.cubin"
@@ -368,7 +368,8 @@ def test_the_launcher_passes_what_the_kernel_takes(compiled: dict[str, Any], tmp
     library = tmp_path / "launch.so"
     flags += [f"-I{ROOT / 'csrc'}", f"-I{Path(torch.__file__).parent / 'include'}", "-fvisibility=hidden"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    sources = [tmp_path / "registration.cpp", ROOT / "csrc" / "cuda" / "launch.cpp"]
+    own = [ROOT / "csrc" / "cuda" / name for name in ("cubin_launch.cpp", "stream.cpp")]
+    sources = [tmp_path / "registration.cpp", *own]
     linked = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
     subprocess.run([*flags, *sources, *linked, "-o", library], check=True)
     torch.save({"given": given, "plan": plan, "floats": floats, "sizes": sizes}, tmp_path / "launch.pt")
@@ -403,7 +404,7 @@ for arguments in ((cubin, "absent", 0, 1), ("/nowhere", "x", 0, 1)):
     raw = (tmp_path / "parameters").read_bytes()
     parameters = [raw[sum(sizes[:n]) : sum(sizes[: n + 1])] for n in range(len(sizes))]
     place = dict(zip([id(t) for t in given], map(int, addresses.split()), strict=True))
-    source = emulator.emulated("attn_sm90_common", "attn_sm90_fwd").attention_forward
+    source = emulator.emulated("attention_sm90.common", "attention_sm90.forward").attention_forward
     for parameter in inspect.signature(source).parameters:
         if parameter in VARIANTS[name].constants:
             continue

@@ -23,7 +23,7 @@ from fastgru.backends.reference_attention import Attention
 from fastgru.ops import attention
 from fastgru.ops.attention_schema import ATTENTION_OPS
 
-SOURCES = ("attn_sm90_common", "attn_sm90_bwd")
+SOURCES = ("attention_sm90.common", "attention_sm90.backward")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_like_the_reference(name: str, kernels: Any) -> None:
 
 @pytest.fixture(scope="module")
 def forward() -> Any:
-    return emulator.emulated("attn_sm90_common", "attn_sm90_fwd")
+    return emulator.emulated("attention_sm90.common", "attention_sm90.forward")
 
 
 def whole(low: int, high: int, like: Tensor) -> Tensor:
@@ -442,8 +442,9 @@ def test_mistakes_with_256_columns_are_noticed(name: str, trial: Any) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "backward_bfloat16_64", "backward_bfloat16_128", "backward_bfloat16_256", "backward_rows_bfloat16_64",
-        "backward_rows_float16_128", "backward_rows_float16_256",
+        "attention_backward_bfloat16_64", "attention_backward_bfloat16_128", "attention_backward_bfloat16_256",
+        "attention_backward_rows_bfloat16_64", "attention_backward_rows_float16_128",
+        "attention_backward_rows_float16_256",
     ],
 )  # fmt: skip
 def test_compiles_to_what_is_meant(name: str, tmp_path: Path) -> None:
@@ -501,8 +502,8 @@ def test_explain_tells_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "backward with D = none" in gluon.covers(torch.float32)
     # Whatever has a kernel forward has those of the way back.
     for name in VARIANTS:
-        _, _, rest = name.partition("forward_")
-        assert not rest or {f"backward_{rest}", f"backward_rows_{rest}"} <= VARIANTS.keys()
+        _, _, rest = name.partition("attention_forward_")
+        assert not rest or {f"attention_backward_{rest}", f"attention_backward_rows_{rest}"} <= VARIANTS.keys()
 
 
 @pytest.mark.parametrize("directions", list(itertools.product((False, True), repeat=2)))

@@ -372,7 +372,8 @@ def test_compiles_without_a_gpu(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(triton_attention._module("attn_fwd" if name == "attention_forward" else "attn_bwd"), name)
+    module = "attention.forward" if name == "attention_forward" else "attention.backward"
+    kernel = getattr(triton_attention._module(module), name)
     on = FEATURES[features]
     tiles = triton_attention.tiles(columns, "float32" if dtype == "fp32" else "heavy" if on is None else "light")
     field = {"attention_forward": "forward", "attention_backward_queries": "by_queries"}.get(name, "by_keys")

@@ -64,7 +64,8 @@ def check(
     }
     info = "fastgru-0.1.0" if name.endswith(".whl") else name
     files = {f"{info}.dist-info/{file}": text for file, text in {**files, **more}.items() if "so" not in file}
-    files |= {"fastgru/py.typed": "", "fastgru/kernels/__init__.py": ""}
+    files |= {"fastgru/py.typed": ""}
+    files |= {f"fastgru/kernels/{package}__init__.py": "" for package in ("", "attention/", "attention_sm90/", "gru/")}
     cubins = (CUBINS if "+cu" in name else {}) if cubins is None else cubins
     files |= {f"fastgru/cubins/{file}": text for file, text in cubins.items()}
     files |= {file: text for file, text in more.items() if "so" in file}

@@ -181,13 +181,13 @@ class EmulatedKernels(TorchKernels):
     """The kernels themselves, on the CPU: see test_cuda_emulation.py."""
 
     def __init__(self, loop: str) -> None:
-        self.rows = load("grid_emulation")
-        self.loop = load("emulation") if loop == "cluster" else self.rows
+        self.rows = load("gru_grid")
+        self.loop = load("gru_cluster") if loop == "cluster" else self.rows
         self.options = {"cluster": 4} if loop == "cluster" else {"each_direction": False}
 
     def how(self, layer: Layer, dtype: torch.dtype) -> dict[str, Any]:
         name = next(name for name, known in DTYPES.items() if known == dtype)
-        given = {"precision": name, "T": len(layer.sizes), "rows": raw(layer.table), "w_hh": raw(layer.w_hh)}
+        given = {"precision": name, "T": len(layer.sizes), "table": raw(layer.table), "w_hh": raw(layer.w_hh)}
         return given | {"column_tiles": 1, "seed": 0} | self.options
 
     def forward(self, layer: Layer, projected: Tensor, output: Tensor, h_n: Tensor, gates: Tensor | None) -> None:

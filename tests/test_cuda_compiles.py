@@ -43,11 +43,11 @@ def by_kernel(listing: str, header: str) -> dict[tuple[str, int], str]:
     return kernels
 
 
-@pytest.mark.parametrize("source", ["gru_cluster_fwd.cu", "gru_cluster_bwd.cu"])
+@pytest.mark.parametrize("source", ["cluster_forward.cu", "cluster_backward.cu"])
 def test_cluster_kernels(source: str, tmp_path: Path) -> None:
     binary = tmp_path / "kernels.o"
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    run(NVCC, "-c", "-O3", "-std=c++17", f"-I{CSRC}", *code, CSRC / "cuda" / source, "-o", binary)
+    run(NVCC, "-c", "-O3", "-std=c++17", f"-I{CSRC}", *code, CSRC / "cuda" / "gru" / source, "-o", binary)
     all_kernels = {(precision, columns) for precision in PRECISIONS for columns in (1, 2)}
     for arch in ARCHITECTURES:
         usage = by_kernel(run(tool("cuobjdump"), "-res-usage", "-arch", f"sm_{arch}", binary), " Function ")

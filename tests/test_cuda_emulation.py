@@ -30,7 +30,7 @@ INPUT = 5
 def emulation() -> ModuleType:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    return load()
+    return load("gru_cluster")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Layer:
     def how(self, fault: str) -> dict[str, Any]:
         p = self.problem
         return {
-            "precision": p.precision, "T": p.T, "rows": raw(self.table), "w_hh": raw(self.stack("weight_hh")),
+            "precision": p.precision, "T": p.T, "table": raw(self.table), "w_hh": raw(self.stack("weight_hh")),
             "cluster": p.cluster, "column_tiles": p.column_tiles, "seed": self.schedule, "fault": fault,
         }  # fmt: skip
 

@@ -22,7 +22,7 @@ from fastgru.backends.reference import gate_stride
 def emulation() -> ModuleType:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    return load("grid_emulation")
+    return load("gru_grid")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def binary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         "-std=c++17",
         f"-I{CSRC}",
         f"-arch=sm_{request.param}",
-        CSRC / "cuda" / "gru_grid.cu",
+        CSRC / "cuda" / "gru" / "grid.cu",
         "-o",
         path,
     )

@@ -218,9 +218,10 @@ def test_why_it_cannot_run_and_the_remedy() -> None:
 @pytest.mark.skipif(backend._missing() is not None or backend.INTERPRETED, reason="needs Triton, not its interpreter")
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_launch_passes_what_the_first_one_did(monkeypatch: pytest.MonkeyPatch, backward: bool) -> None:
-    from fastgru.kernels import gru_bwd, gru_fwd
+    from fastgru.kernels.gru.backward import gru_backward_step
+    from fastgru.kernels.gru.forward import gru_forward_step
 
-    names = (gru_bwd.gru_backward_step if backward else gru_fwd.gru_forward_step).arg_names
+    names = (gru_backward_step if backward else gru_forward_step).arg_names
     calls: list[dict[str, Any]] = []
 
     class Compiled:
@@ -246,7 +247,7 @@ def test_every_launch_passes_what_the_first_one_did(monkeypatch: pytest.MonkeyPa
     work = Layer(backend.operators.kernels, *layer(66, True, True))
     tensors = tuple(name for name in names if name.endswith("_ptr"))
     backend.each_step(work, Kernel(), tensors, backend.plan(66, 3, 2, torch.float32, False), backward)
-    scalars = ("row_0", "size_0", "last_row_0", "last_size_0", "row_1", "size_1", "last_row_1", "last_size_1")
+    scalars = ("token_0", "size_0", "last_token_0", "last_size_0", "token_1", "size_1", "last_token_1", "last_size_1")
     forward = [(0, 3, 0, 0, 7, 1, 0, 0), (3, 2, 0, 3, 5, 2, 7, 1), (5, 2, 3, 2, 3, 2, 5, 2), (7, 1, 5, 2, 0, 3, 3, 2)]
     reverse = [(7, 1, 0, 0, 0, 3, 0, 0), (5, 2, 7, 1, 3, 2, 0, 3), (3, 2, 5, 2, 5, 2, 3, 2), (0, 3, 3, 2, 7, 1, 5, 2)]
     want = [*reverse, (0, 0, 0, 3, 0, 0, 7, 1)] if backward else forward
@@ -295,10 +296,10 @@ def test_tf32_where_torch_allows_it(H: int) -> None:
 
 @gpu
 def test_a_new_length_or_batch_does_not_compile_again(chosen: None) -> None:
-    from fastgru.kernels import gru_fwd
+    from fastgru.kernels.gru.forward import gru_forward_resident
 
     def compiled() -> int:
-        return sum(len(caches[0]) for caches in gru_fwd.gru_forward_resident.device_caches.values())
+        return sum(len(caches[0]) for caches in gru_forward_resident.device_caches.values())
 
     module = fastgru.GRU(8, 8, device=DEVICE)
     module(torch.randn(5, 3, 8, device=DEVICE))

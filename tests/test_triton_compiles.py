@@ -20,7 +20,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # The matrix instruction of a tile of 64 rows; smaller tiles use HMMA everywhere.
 WIDE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-FIXED = {"rows_ptr": "*i32", "state_ptr": "*fp32", "carry_ptr": "*fp32"}
+FIXED = {"table_ptr": "*i32", "state_ptr": "*fp32", "carry_ptr": "*fp32"}
 
 
 def compiled(kernel: Any, constants: dict[str, Any], options: dict[str, Any], dtype: torch.dtype, arch: int) -> Any:
@@ -70,10 +70,10 @@ CASES = [
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("H, B, dtype, tf32, arch", CASES)
 def test_recurrence(direction: str, H: int, B: int, dtype: torch.dtype, tf32: bool, arch: int, tmp_path: Path) -> None:
-    from fastgru.kernels import gru_bwd, gru_fwd
+    from fastgru.kernels.gru import backward, forward
 
     plan = backend.plan(H, B, 2, dtype, tf32)
-    module = {"forward": gru_fwd, "backward": gru_bwd}[direction]
+    module = {"forward": forward, "backward": backward}[direction]
     kernel = getattr(module, f"gru_{direction}_{'resident' if plan.resident else 'step'}")
     code = assert_fits(compiled(kernel, plan.constants, plan.options, dtype, arch), arch, tmp_path)
     exact = dtype == SINGLE and not tf32
@@ -83,8 +83,8 @@ def test_recurrence(direction: str, H: int, B: int, dtype: torch.dtype, tf32: bo
 
 @pytest.mark.parametrize("name", ["gru_gates", "gru_previous_states"])
 def test_rows_at_once(name: str, tmp_path: Path) -> None:
-    from fastgru.kernels import gru_bwd, gru_cell
+    from fastgru.kernels.gru import backward, cell
 
-    kernel = getattr(gru_cell if name == "gru_gates" else gru_bwd, name)
+    kernel = getattr(cell if name == "gru_gates" else backward, name)
     constants = {"H": 300, "D": 2, "GATE_STRIDE": 304, "BLOCK_N": 16, "BLOCK_B": 16, "BLOCK_H": 64}
     assert_fits(compiled(kernel, constants, {"enable_fp_fusion": True}, HALF, 90), 90, tmp_path)

@@ -39,22 +39,22 @@ TRITON = "3.9.0"
 #: Bytes of shared memory that one block may have.
 SHARED = 227 * 1024
 
-#: Matrix products, TMA both ways, barriers of bytes that arrive, registers handed from warp to warp; and that the
-#: product of the next scores may run on while the last one of weights and values is waited for.
+#: wgmma, TMA loads and stores, transaction barriers, reallocation of registers between warps; and a wait that leaves
+#: the product of the next scores running.
 INSTRUCTIONS = (
     r"\bHGMMA\.", r"\bUTMALDG\.4D\b", r"\bUTMASTG\.4D\b", r"\bSYNCS\.", r"\bUSETMAXREG\.",
     r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x1\b",
 )  # fmt: skip
 
-#: And TMA's addition for the backward pass; what its small kernel needs.
+#: Also TMA's addition in the backward pass, with its fence and counter; and the instructions of its small kernel.
 BACKWARD_INSTRUCTIONS = (
     *INSTRUCTIONS, r"\bUTMAREDG\.4D\.ADD\b", r"\bFENCE\.VIEW\.ASYNC\.G\b", r"\bREDG\.E\.ADD\.STRONG\.GPU\b",
 )  # fmt: skip
 ROWS_INSTRUCTIONS = (r"\bUTMALDG\.4D\b", r"\bSYNCS\.")
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
-#: By head dimension: what registers and shared memory have room for. Of 64 keys at a time the warpgroups of the
-#: backward kernel share the columns, of 128 the keys.
+#: Block sizes by head dimension, limited by registers and shared memory. The warpgroups of the backward kernel divide
+#: the columns of blocks of 64 keys, and the keys of blocks of 128.
 FORWARD = {
     64: {"BLOCK_N": 128, "STAGES": 3, "Q_STAGES": 2},
     128: {"BLOCK_N": 128, "STAGES": 2, "Q_STAGES": 2},
@@ -95,7 +95,7 @@ def variants() -> list[Variant]:
         rows = {"q_desc": 64, "k_desc": sizes["BLOCK_N"], "v_desc": sizes["BLOCK_N"], "o_desc": 64}
         found.append(
             Variant(
-                f"forward_{dtype}_{columns}", "attn_sm90_fwd", "attention_forward", dtype,
+                f"attention_forward_{dtype}_{columns}", "attention_sm90.forward", "attention_forward", dtype,
                 {name: [1, 1, count, columns] for name, count in rows.items()},
                 sizes,
             )
@@ -107,25 +107,25 @@ def variants() -> list[Variant]:
         maps |= {"stats_desc": [1, 1, 4, block], "dq_desc": [1, 1, 64, 64]}
         found.append(
             Variant(
-                f"backward_{dtype}_{columns}", "attn_sm90_bwd", "attention_backward", dtype, maps,
+                f"attention_backward_{dtype}_{columns}", "attention_sm90.backward", "attention_backward", dtype, maps,
                 {**sizes, "STAGES": 2, "DS_STAGES": 1, "DQ_STAGES": 2}, BACKWARD_INSTRUCTIONS,
-                # Else what depends on the thread is computed once for all partitions, and there are not registers
-                # enough to keep it.
+                # Otherwise values that depend on the thread are computed once for all partitions and kept, for which
+                # there are too few registers.
                 "disable-machine-cse",
             )
         )  # fmt: skip
         maps = {name: [1, 1, 64, width] for name in ("o_desc", "do_desc")}
         found.append(
             Variant(
-                f"backward_rows_{dtype}_{columns}", "attn_sm90_bwd", "attention_backward_rows", dtype, maps, sizes,
-                ROWS_INSTRUCTIONS,
+                f"attention_backward_rows_{dtype}_{columns}", "attention_sm90.backward", "attention_backward_rows",
+                dtype, maps, sizes, ROWS_INSTRUCTIONS,
             )
         )  # fmt: skip
     return found
 
 
 def check_triton() -> Any:
-    """The one Triton, or an end with the remedy."""
+    """Imports the pinned Triton; any other, or none, ends the program with the remedy."""
     # Line numbers would triple the size and tell where the build took place.
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     try:
@@ -139,7 +139,7 @@ def check_triton() -> Any:
 
 
 def kernel_module(name: str) -> types.ModuleType:
-    """A module of kernels/, imported without the package around it, which need not be installed."""
+    """Imports a module of kernels/, such as attention_sm90.forward, without the fastgru package around it."""
     for package, path in (("fastgru", []), ("fastgru.kernels", [str(ROOT / "kernels")])):
         if package not in sys.modules:
             module = types.ModuleType(package)
@@ -149,8 +149,10 @@ def kernel_module(name: str) -> types.ModuleType:
 
 
 def compiled(variant: Variant) -> Any:
-    """A variant as Triton compiles it; of its kernel, what is used here. LLVM keeps an option for as long as the
-    process lives, so a variant that has one is compiled in its own."""
+    """Compiles a variant, and returns the fields of Triton's kernel that are used here.
+
+    LLVM keeps an option for the life of the process, so a variant with one is compiled in a process of its own.
+    """
     triton = check_triton()
     if variant.llvm and os.environ.get("DISABLE_LLVM_OPT") != variant.llvm:
         with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +181,7 @@ def compiled(variant: Variant) -> Any:
     source = GluonASTSource(
         kernel, signature, {index[name]: value for name, value in variant.constants.items()}, aligned
     )
-    # 3 x 128 threads start with 168 registers each; the producer leaves the others most of its own.
+    # 3 x 128 threads start with 168 registers each; the producer's warpgroup releases most of its own.
     options = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     fields = (
@@ -202,7 +204,7 @@ def disassembled(cubin: bytes, folder: Path) -> str:
 
 
 def faults(kernel: Any, code: str, instructions: tuple[str, ...] = INSTRUCTIONS) -> list[str]:
-    """What keeps a compiled kernel from being shipped."""
+    """The reasons why a compiled kernel must not be shipped."""
     found = []
     spills = re.findall(r"\b(?:LDL|STL)\b", code)
     if spills:

@@ -108,7 +108,9 @@ def check_names(wheel: Path, content: zipfile.ZipFile) -> None:
         wheel,
         "kernels compiled ahead belong into a CUDA wheel, and only there",
     )
-    for name in ("fastgru/kernels/__init__.py", "fastgru/py.typed", f"{info}/licenses/LICENSE"):
+    packages = ("", "attention/", "attention_sm90/", "gru/")
+    inits = [f"fastgru/kernels/{package}__init__.py" for package in packages]
+    for name in (*inits, "fastgru/py.typed", f"{info}/licenses/LICENSE"):
         check(name in content.namelist(), wheel, f"it lacks {name}")
 
 

@@ -51,9 +51,9 @@ def library_kernels(listing: str) -> list[dict[str, Any]]:
 
 def variants(names: set[int]) -> list[tuple[str, Any]]:
     """Compiled kernels that are not in ``names`` yet, which holds their ids."""
-    from fastgru.kernels import gru_bwd, gru_cell, gru_fwd
+    from fastgru.kernels.gru import backward, cell, forward
 
-    kernels = [value for module in (gru_fwd, gru_bwd, gru_cell) for value in vars(module).values()]
+    kernels = [value for module in (forward, backward, cell) for value in vars(module).values()]
     found = []
     for kernel in kernels:
         for caches in getattr(kernel, "device_caches", {}).values():

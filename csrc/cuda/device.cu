@@ -1,3 +1,4 @@
+// Queries the CUDA runtime, the driver and the attributes of this library's code.
 #include <cuda_runtime.h>
 
 #include "device.h"
@@ -6,7 +7,7 @@ namespace fastgru {
 namespace cuda {
 namespace {
 
-// Stands for every kernel of this library: all are compiled for the same architectures.
+// Never launched. CUDA reports the architecture of a kernel's code, and all kernels are compiled for the same ones.
 __global__ void probe() {}
 
 }  // namespace
@@ -28,7 +29,7 @@ int code_architecture(int device, const char** error) {
     cudaSetDevice(before);
   }
   if (status == cudaSuccess) return attributes.binaryVersion;
-  // An error that is left behind would be reported by whoever calls CUDA next.
+  // Clears the error, which the next caller of CUDA would otherwise get.
   cudaGetLastError();
   *error = cudaGetErrorString(status);
   return 0;

@@ -1,13 +1,13 @@
-// What the persistent kernels need of the GPU, and all they need of it: their bodies call nothing else, so that the
-// same source also runs on the CPU, on the emulation in tests/emulation, which implements this interface once more.
+// Wraps every CUDA feature that the persistent kernels use. Their bodies call nothing else, so that the same source
+// runs on the CPU: tests/emulation implements this interface a second time.
 //
-// Shared memory is addressed by the byte offset in the block's dynamic shared memory. A block's memory lies at the same
-// offsets in all blocks of a cluster.
+// Shared memory is addressed by the byte offset in the block's dynamic shared memory. The offsets are the same in all
+// blocks of a cluster.
 #pragma once
 
 #include <cstdint>
 
-#include "gru_loop.h"
+#include "precision.h"
 
 #if !defined(__CUDACC__)
 #include "emulated_primitives.h"
@@ -21,7 +21,7 @@
 namespace fastgru {
 namespace cuda {
 
-// --- Where a thread is
+// --- Indices
 
 FASTGRU_DEVICE int thread_index() { return threadIdx.x; }
 FASTGRU_DEVICE int block_index_x() { return blockIdx.x; }
@@ -46,7 +46,7 @@ FASTGRU_DEVICE T load_global(const T* p) {
   return *p;
 }
 
-// For memory that nothing writes while the kernel runs.
+// For memory that is read-only while the kernel runs.
 template <typename T>
 FASTGRU_DEVICE T load_constant(const T* p) {
   return __ldg(p);
@@ -83,18 +83,18 @@ FASTGRU_DEVICE void store_shared(uint32_t offset, const uint32_t (&words)[4]) {
 
 FASTGRU_DEVICE void sync_threads() { __syncthreads(); }
 
-// All threads of the cluster; what they wrote to shared memory and to barriers before it is seen after it.
+// Barrier of all threads of the cluster. Their earlier writes to shared memory and to barriers are visible after it.
 FASTGRU_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// A barrier is 8 bytes of shared memory. A phase ends when `arrivals` threads have arrived and as many bytes have been
-// delivered as they said they expect.
+// An mbarrier: 8 bytes of shared memory. A phase ends when `arrivals` threads have arrived and as many bytes have been
+// delivered as they announced.
 FASTGRU_DEVICE void barrier_init(uint32_t offset, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(offset)), "r"(arrivals) : "memory");
 }
 
-// Between barrier_init and the sync_cluster that lets other blocks deliver.
+// Makes barrier_init visible to other blocks; comes before the sync_cluster after which they send.
 FASTGRU_DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 FASTGRU_DEVICE void barrier_arrive_and_expect(uint32_t offset, uint32_t bytes) {
@@ -102,8 +102,8 @@ FASTGRU_DEVICE void barrier_arrive_and_expect(uint32_t offset, uint32_t bytes) {
                : "memory");
 }
 
-// Waits for the end of the current phase if its parity is `parity`: phases count 0, 1, 0, 1, .... What was delivered
-// during a phase is visible after it.
+// Waits for the end of the current phase if its parity is `parity`; parities alternate, from 0. Bytes delivered during
+// a phase are visible after it.
 FASTGRU_DEVICE void barrier_wait(uint32_t offset, uint32_t parity) {
   uint32_t done;
   do {
@@ -117,8 +117,8 @@ FASTGRU_DEVICE void barrier_wait(uint32_t offset, uint32_t parity) {
   } while (!done);
 }
 
-// Sends 16 bytes to `offset` in the block of rank `peer`, which may be the sender's own, and delivers them to the
-// barrier there. Returns at once; nothing is said of the order in which messages arrive.
+// Stores 16 bytes asynchronously (st.async) at `offset` in the block of rank `peer`, possibly the sender's own, and
+// counts them at the barrier there. Messages arrive in any order.
 FASTGRU_DEVICE void send(int peer, uint32_t offset, const uint32_t (&words)[4], uint32_t barrier) {
   uint32_t base;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(base) : "r"(shared_address(0)), "r"(peer));

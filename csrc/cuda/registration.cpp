@@ -1,13 +1,12 @@
-// The operators of the CUDA part, in the wheels that have one.
+// Registers the operators of the CUDA part that belong to no family: versions, and launches of cubins.
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <tuple>
 
+#include "cubin_launch.h"
 #include "device.h"
-#include "gru_op.h"
-#include "launch.h"
 
 namespace fastgru {
 namespace {
@@ -27,15 +26,6 @@ int64_t cuda_code_architecture(int64_t device) {
 STABLE_TORCH_LIBRARY_IMPL(fastgru, CompositeExplicitAutograd, m) {
   m.impl("cuda_versions", TORCH_BOX(&fastgru::cuda_versions));
   m.impl("cuda_code_architecture", TORCH_BOX(&fastgru::cuda_code_architecture));
-  m.impl("cuda_gru_why_not", TORCH_BOX(&fastgru::cuda::why_not));
   m.impl("cuda_load", TORCH_BOX(&fastgru::cuda_load));
   m.impl("cuda_launch", TORCH_BOX(&fastgru::cuda_launch));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastgru, CUDA, m) {
-  m.impl("cuda_upload", TORCH_BOX(&fastgru::cuda::upload_table));
-  m.impl("cuda_gru_loop_forward", TORCH_BOX(&fastgru::cuda::loop_forward));
-  m.impl("cuda_gru_loop_backward", TORCH_BOX(&fastgru::cuda::loop_backward));
-  m.impl("cuda_gru_previous_states", TORCH_BOX(&fastgru::cuda::previous_states));
-  m.impl("cuda_gru_gates", TORCH_BOX(&fastgru::cuda::gates));
 }

@@ -1,4 +1,4 @@
-"""Attention for Hopper (sm_90): the kernels of kernels/attn_sm90_*.py, which the C++ library launches.
+"""Attention for Hopper (sm_90): the kernels of kernels/attention_sm90, which the C++ library launches.
 
 They were compiled ahead of time, travel in the CUDA wheels as cubins, with a manifest that says how each is launched
 (tools/build_cubins.py), and need neither a compiler nor Triton. A problem that has a kernel forward has one backward.
@@ -33,7 +33,7 @@ _ROWS = 128
 _FIELDS = 16
 _SECTION_BYTES = 32 * 2**20
 
-# Kinds of arguments, as csrc/cuda/launch.h numbers them.
+# Kinds of arguments, as csrc/cuda/cubin_launch.h numbers them.
 _MAP, _POINTER, _INTEGER, _NUMBER = range(4)
 
 # Why a launch failed; once it has, auto does not try again.
@@ -65,7 +65,7 @@ def _supports(device: str, dtype: torch.dtype) -> str | None:
 
 
 def _name(a: Attention, kernel: str = "forward") -> str:
-    return f"{kernel}_{str(a.query.dtype).removeprefix('torch.')}_{a.query.shape[3]}"
+    return f"attention_{kernel}_{str(a.query.dtype).removeprefix('torch.')}_{a.query.shape[3]}"
 
 
 def why_not(a: Attention) -> str | None:
@@ -94,7 +94,7 @@ def why_not(a: Attention) -> str | None:
 
 def covers(dtype: torch.dtype) -> str:
     """The kernels there are for a dtype."""
-    head = f"forward_{str(dtype).removeprefix('torch.')}_"
+    head = f"attention_forward_{str(dtype).removeprefix('torch.')}_"
     found = sorted(int(name.removeprefix(head)) for name in manifest() or {} if name.startswith(head))
     return f"forward and backward with D = {', '.join(map(str, found)) or 'none'}"
 

@@ -169,7 +169,7 @@ class _Kernels:
     ) -> None:
         how = _plan(layer)
         given = (projected, layer.w_hh, layer.b_ih, layer.b_hh, layer.hx)
-        kernels = _module("gru_fwd")
+        kernels = _module("gru.forward")
         with _on_device(layer):
             if how.resident:
                 kernels.gru_forward_resident[(_ceil_div(layer.batch, how.constants["BLOCK_B"]), layer.directions)](
@@ -184,7 +184,7 @@ class _Kernels:
     def previous_states(self, layer: recurrence.Layer, output: Tensor, previous: Tensor) -> None:
         steps = len(layer.sizes)
         with _on_device(layer):
-            _module("gru_bwd").gru_previous_states[(steps, _ceil_div(layer.batch, 16), layer.directions)](
+            _module("gru.backward").gru_previous_states[(steps, _ceil_div(layer.batch, 16), layer.directions)](
                 output, layer.hx, layer.table, previous, layer.batch, steps,
                 H=layer.hidden, D=layer.directions, BLOCK_B=16, BLOCK_H=_COPY_BLOCK, **_OPTIONS,
             )  # fmt: skip
@@ -193,7 +193,7 @@ class _Kernels:
         stride = gate_stride(layer.hidden)
         grid = (_ceil_div(layer.rows, 16), _ceil_div(stride, _COPY_BLOCK), layer.directions)
         with _on_device(layer):
-            _module("gru_cell").gru_gates[grid](
+            _module("gru.cell").gru_gates[grid](
                 projected, recurrent, layer.b_ih, layer.b_hh, gates, layer.rows,
                 H=layer.hidden, D=layer.directions, GATE_STRIDE=stride, BLOCK_N=16, BLOCK_H=_COPY_BLOCK, **_OPTIONS,
             )  # fmt: skip
@@ -209,7 +209,7 @@ class _Kernels:
         grad_hx: Tensor,
     ) -> None:
         how = _plan(layer)
-        kernels = _module("gru_bwd")
+        kernels = _module("gru.backward")
         with _on_device(layer):
             if how.resident:
                 kernels.gru_backward_resident[(_ceil_div(layer.batch, how.constants["BLOCK_B"]), layer.directions)](

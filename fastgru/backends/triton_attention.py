@@ -161,7 +161,7 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     output = empty_like_layout(a.query, a.value.size(3))
     rows = a.query.shape[:3]
     lse, statistics = (torch.empty(shape, dtype=torch.float32, device=a.query.device) for shape in (rows, (2, *rows)))
-    kernel = _module("attn_fwd").attention_forward
+    kernel = _module("attention.forward").attention_forward
     tile = launch.tiles.forward
     programs = a.query.shape[0] * a.query.shape[1] * -(-a.query.shape[2] // tile.queries)
     splits = _splits(programs, -(-a.key.shape[2] // tile.keys))
@@ -214,7 +214,7 @@ def attention_backward(
     a = Attention(*inputs)
     launch = _Launch(a)
     d_output = torch.zeros_like(output) if grad_output is None else _rows(grad_output)
-    # 0 where one weight is all, but NaN stays NaN; see attn_bwd.py.
+    # 0 where one weight is all, but NaN stays NaN; see kernels/attention/backward.py.
     delta = (d_output.float() * output.float()).sum(-1) * (statistics[1] != 1)
     if grad_lse is not None:
         delta = delta - grad_lse
@@ -225,7 +225,7 @@ def attention_backward(
     # Zeros: tiles that nothing can see are not visited.
     d_scores = torch.zeros(scores if wants_bias else 0, dtype=torch.float32, device=a.query.device)
     tensors = (launch.query, launch.key, launch.value, d_output)
-    kernels = _module("attn_bwd")
+    kernels = _module("attention.backward")
     launch(
         kernels.attention_backward_queries,
         launch.tiles.by_queries,

@@ -1,4 +1,4 @@
-// What the modules that run kernels on the CPU share: Python's arrays as a kernel's memory, and its loops filled in.
+// Converts Python's arrays to the memory and the structs of emulated kernels.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -12,7 +12,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cuda/gru_loop.h"
+#include "cuda/gru/types.h"
 #include "machine.h"
 
 namespace emulation {
@@ -49,7 +49,7 @@ void with_constants(Precision precision, int column_tiles, Run run) {
   });
 }
 
-// The arrays of a call: what the kernel may touch.
+// The arrays of a call: the memory that the kernel may access.
 class Memory {
  public:
   const void* add(const Array& array) { return pointer(array, false); }
@@ -68,20 +68,20 @@ class Memory {
 
 inline GruForwardLoop forward_loop(Memory& memory, const std::string& precision, int T, const Array& i,
                                    const Array& w_hh, const Array& b_ih, const Array& b_hh, const py::array& hx,
-                                   const Array& rows, const py::array& output, const Array& h_n, const Array& gates) {
+                                   const Array& table, const py::array& output, const Array& h_n, const Array& gates) {
   GruForwardLoop loop{};
   loop.precision = precision_of(precision);
   loop.T = T, loop.B = int(hx.shape(1)), loop.H = int(hx.shape(2)), loop.D = int(hx.shape(0));
   loop.N = int(output.shape(0));
   loop.i = memory.add(i), loop.w_hh = memory.add(w_hh), loop.b_ih = memory.add(b_ih), loop.b_hh = memory.add(b_hh);
-  loop.hx = memory.add(hx), loop.rows = static_cast<const int32_t*>(memory.add(rows));
+  loop.hx = memory.add(hx), loop.table = static_cast<const int32_t*>(memory.add(table));
   loop.output = memory.add_output(output), loop.h_n = memory.add_output(h_n), loop.gates = memory.add_output(gates);
   return loop;
 }
 
 inline GruBackwardLoop backward_loop(Memory& memory, const std::string& precision, int T, const Array& grad_output,
                                      const Array& grad_h_n, const Array& w_hh, const py::array& previous,
-                                     const Array& gates, const Array& rows, const Array& grad_gates,
+                                     const Array& gates, const Array& table, const Array& grad_gates,
                                      const py::array& grad_hx) {
   GruBackwardLoop loop{};
   loop.precision = precision_of(precision);
@@ -89,7 +89,7 @@ inline GruBackwardLoop backward_loop(Memory& memory, const std::string& precisio
   loop.N = int(previous.shape(0));
   loop.grad_output = memory.add(grad_output), loop.grad_h_n = memory.add(grad_h_n), loop.w_hh = memory.add(w_hh);
   loop.previous = memory.add(previous), loop.gates = memory.add(gates);
-  loop.rows = static_cast<const int32_t*>(memory.add(rows));
+  loop.table = static_cast<const int32_t*>(memory.add(table));
   loop.grad_gates = memory.add_output(grad_gates), loop.grad_hx = memory.add_output(grad_hx);
   return loop;
 }

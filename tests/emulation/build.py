@@ -13,7 +13,7 @@ from types import ModuleType
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-shared"]
-# Jumps lead from one stack to another, which that would take for a mistake.
+# Fibers jump between stacks, which fortified longjmp rejects.
 FLAGS += ["-U_FORTIFY_SOURCE"]
 
 
@@ -26,10 +26,11 @@ def build(name: str, directory: Path = HERE / "build") -> Path:
 
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / f"_{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    sources = [p for folder in (HERE, CSRC / "cuda") for p in folder.glob("*") if p.suffix in (".cpp", ".h", ".cuh")]
+    files = (*HERE.glob("*"), *(CSRC / "cuda").rglob("*"))
+    sources = [path for path in files if path.suffix in (".cpp", ".h", ".cuh")]
     with open(directory / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists() or target.stat().st_mtime <= max(p.stat().st_mtime for p in sources):
+        if not target.exists() or target.stat().st_mtime <= max(path.stat().st_mtime for path in sources):
             paths = [CSRC, HERE, pybind11.get_include(), sysconfig.get_path("include")]
             includes = [f"-I{path}" for path in paths]
             partial = target.with_suffix(".partial")
@@ -39,7 +40,7 @@ def build(name: str, directory: Path = HERE / "build") -> Path:
     return target
 
 
-def load(name: str = "emulation") -> ModuleType:
+def load(name: str) -> ModuleType:
     """The module made from ``name``.cpp, built if need be."""
     spec = importlib.util.spec_from_file_location(f"_{name}", build(name))
     assert spec is not None

@@ -1,10 +1,9 @@
-// csrc/cuda/grid_primitives.cuh once more, for the CPU.
+// Implements csrc/cuda/grid_primitives.cuh on the CPU, with relaxed memory order.
 //
-// Words of the exchange travel as the GPU's memory model allows. A word that was set is seen by nobody for a while;
-// words come to be seen in any order, but those of one thread before its fence earlier than those after. Whoever looks
-// may see what was there before, but nothing older than what it has seen there already, nor than what was there at its
-// last fence. (That a fence brings all that is to be seen by then is more than the GPU promises, where it brings only
-// what has to do with words seen before.)
+// A stored word stays invisible for a while. Words become visible in any order, except that those of one thread before
+// its fence do so before those after it. A load may return an old value, but none older than one that this thread has
+// already loaded there, nor than the one visible at its last fence. (A fence that makes all visible words binding is
+// stronger than the GPU's, which binds only the words ordered before those already loaded.)
 #pragma once
 
 #include <algorithm>
@@ -18,12 +17,12 @@
 namespace fastgru {
 namespace cuda {
 
-// A fault that is put into the run on purpose. Each but the last two concerns one block, the first of the grid.
+// A fault injected into a run. Each but the last two concerns one block, the first of the grid.
 enum class GridFault {
   none,
-  missing_wait,   // takes words that are not there yet
-  lost_word,      // one word is never seen
-  never_cleared,  // words of earlier steps stay
+  missing_wait,   // uses words that are still empty
+  lost_word,      // one word never becomes visible
+  never_cleared,  // words of earlier steps are not reset
   no_fence_after_setting,
   no_fence_before_looking,
 };
@@ -32,7 +31,7 @@ struct Exchange {
   struct Set {
     int fences;
     uint32_t* at;
-    bool lazy;  // comes when all wait for it, or nearly so; in small grids, where that is soon
+    bool lazy;  // becomes visible only when nearly all threads poll; in small grids, where that is soon
     std::vector<uint32_t> words;
   };
   struct Version {
@@ -65,7 +64,7 @@ struct Exchange {
   int self() const { return (machine().block_y() * blocks_x + machine().block_x()) * in_block + machine().thread(); }
   bool is_victim() const { return machine().block_x() == 0 && machine().block_y() == 0; }
 
-  void set(uint32_t* at, const uint32_t* words, int n) {
+  void store(uint32_t* at, const uint32_t* words, int n) {
     for (int i = 0; i < n; ++i) machine().check_global(at + i, 4, true);
     const bool empty = words[0] == 0xffffffff;
     if (fault == GridFault::never_cleared && is_victim() && empty) return;
@@ -74,14 +73,14 @@ struct Exchange {
     std::vector<Set>& sets = waiting[self()];
     if (sets.empty()) active.push_back(self());
     sets.push_back({fences[self()], at, empty && waiting.size() <= 1024 && random() % 32 == 0, {words, words + n}});
-    machine().hesitate();
+    machine().maybe_yield();
   }
 
-  void look(const uint32_t* at, uint32_t* words, int n) {
-    // The machine cannot see that all of its threads look for what never comes.
+  void load(const uint32_t* at, uint32_t* words, int n) {
+    // The machine detects no deadlock here: polling threads never wait.
     if (++idle > 4000 * waiting.size()) machine().fail("looked for a word that never came");
-    machine().hesitate();
-    if (!active.empty() && random() % delay == 0) arrive();
+    machine().maybe_yield();
+    if (!active.empty() && random() % delay == 0) make_one_visible();
     for (int i = 0; i < n; ++i) {
       machine().check_global(at + i, 4, false);
       const std::vector<Version>& versions = history[at + i - first];
@@ -91,7 +90,7 @@ struct Exchange {
       }
       size_t& seen = last_seen[self()][at + i - first];
       while (seen + 1 < versions.size() && versions[seen + 1].time <= horizon[self()]) ++seen;
-      // Some threads hold on to a number they have seen.
+      // Some threads keep loading an old number.
       const bool holds = self() % 8 == 0 && versions[seen].word != 0xffffffff;
       seen += random() % (holds ? 64 : 2) != 0 ? 0 : random() % (versions.size() - seen);
       words[i] = versions[seen].word;
@@ -103,11 +102,11 @@ struct Exchange {
     if (fault != GridFault::no_fence_before_looking) horizon[self()] = now;
   }
 
-  // Lets one of the words that were set be seen, or none.
-  void arrive() {
+  // Makes one of the stored words visible, or none.
+  void make_one_visible() {
     const size_t at = random() % active.size();
     std::vector<Set>& sets = waiting[active[at]];
-    // Those before the thread's next fence; what it set in one place comes in order.
+    // Only stores before the thread's next fence; those to one address keep their order.
     size_t end = 0;
     while (end < sets.size() && sets[end].fences == sets[0].fences) ++end;
     size_t index = random() % end;
@@ -136,29 +135,29 @@ struct Exchange {
   uint64_t delay, now = 0, idle = 0;
   uint32_t* first;
   int blocks_x, in_block;
-  std::vector<int> active;  // the threads of which any word waits
+  std::vector<int> active;  // the threads with stores that are not visible yet
   // Of each thread:
   std::vector<std::vector<Set>> waiting;
   std::vector<int> fences;
   std::vector<uint64_t> horizon;
   std::vector<std::unordered_map<size_t, size_t>> last_seen;
-  // Of each word: what it has been since it was first set.
+  // Of each word: its values since the first store.
   std::vector<std::vector<Version>> history;
 };
 
-inline void peek(const uint32_t* from, uint32_t (&words)[2]) { Exchange::current()->look(from, words, 2); }
+inline void load_relaxed(const uint32_t* from, uint32_t (&words)[2]) { Exchange::current()->load(from, words, 2); }
 
 template <int N>
-inline void publish(uint32_t* to, const uint32_t (&words)[N]) {
-  Exchange::current()->set(to, words, N);
+inline void store_relaxed(uint32_t* to, const uint32_t (&words)[N]) {
+  Exchange::current()->store(to, words, N);
 }
 
 inline void fence_gpu() { Exchange::current()->fence(); }
 
-inline bool in_all_lanes(bool mine) {
+inline bool all_lanes(bool mine) {
   const Exchange& exchange = *Exchange::current();
   if (exchange.fault == GridFault::missing_wait && exchange.is_victim()) mine = true;
-  return machine().together<bool, bool>(mine, [](const bool* in, bool* out) {
+  return machine().warp_collective<bool, bool>(mine, [](const bool* in, bool* out) {
     const bool all = std::all_of(in, in + 32, [](bool one) { return one; });
     std::fill(out, out + 32, all);
   });

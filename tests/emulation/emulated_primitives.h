@@ -1,4 +1,4 @@
-// csrc/cuda/primitives.cuh once more, for the CPU: the same names with the same meaning, carried out by a Machine.
+// Implements csrc/cuda/primitives.cuh on the CPU: the same functions, carried out by a Machine.
 #pragma once
 
 #include <algorithm>
@@ -67,7 +67,7 @@ FASTGRU_DEVICE uint32_t shuffle(uint32_t value, int lane) {
     uint32_t value;
     int lane;
   };
-  return machine().together<In, uint32_t>({value, lane}, [](const In* in, uint32_t* out) {
+  return machine().warp_collective<In, uint32_t>({value, lane}, [](const In* in, uint32_t* out) {
     for (int i = 0; i < 32; ++i) out[i] = in[in[i].lane & 31].value;
   });
 }
@@ -134,7 +134,7 @@ FASTGRU_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], const ui
   std::memcpy(mine.c, c, sizeof(c));
   std::memcpy(mine.a, a, sizeof(a));
   std::memcpy(mine.b, b, sizeof(b));
-  const Out result = machine().together<In, Out>(mine, [](const In* in, Out* out) {
+  const Out result = machine().warp_collective<In, Out>(mine, [](const In* in, Out* out) {
     constexpr int K = P == Precision::tf32 ? 8 : 16;
     float left[16][K], right[K][8];
     const auto number = [](uint32_t word, int half) {

@@ -1,13 +1,13 @@
-// A GPU for proofs: runs the blocks of a kernel on the CPU, every thread as a fiber, in an order drawn from a seed, and
-// lets messages between blocks take arbitrarily long. It ends with an error when nothing can go on, when memory outside
-// of the kernel's arrays is touched, when a message finds no barrier or its block gone.
+// Emulates the CUDA features that the kernels use, on the CPU. Every thread of the grid is a fiber, scheduled in an
+// order drawn from a seed; messages between blocks are delayed arbitrarily. A run ends with an error on a deadlock, on
+// an access outside of the kernel's arrays, and on a message without a barrier or to a block that has ended.
 //
-// It also ends with an error when two accesses to a word of shared memory, one of them a write, are ordered by nothing
-// but luck: every warp has a vector clock, which barriers and messages hand on, and every word remembers who touched it
-// and when. So a missing wait shows whether or not the run came to grief. Lanes of a warp count as one.
+// Data races end a run with an error, too: two accesses to a word of shared memory, one of them a write, that no
+// barrier or message orders. Every warp has a vector clock, which barriers and messages pass on; every word records its
+// last accesses. So a missing wait is found whether or not it changed the result. Lanes of a warp count as one.
 //
-// What it does not model: caches and write buffers, so that fences are not proven; global memory, of which only bounds
-// are checked; the rounding of the GPU's own instructions.
+// Not modelled: caches and write buffers, and with them fences; global memory, except for its bounds; the rounding of
+// the GPU's own instructions.
 #pragma once
 
 #include <setjmp.h>
@@ -25,8 +25,8 @@
 
 namespace emulation {
 
-// A fault that is put into the run on purpose, to see that it does not go unnoticed. Each concerns one block, `victim`,
-// the last of the first cluster.
+// A fault injected into a run, to test that it is detected. Each concerns one block, `victim_`, the last of the first
+// cluster.
 enum class Fault {
   none,
   wrong_phase,       // waits for the other parity
@@ -42,7 +42,7 @@ struct Region {
   bool writable;
 };
 
-// splitmix64: a number in a few instructions, where one is drawn for every word that is looked for.
+// splitmix64: fast, because a number is drawn for every access.
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed) {}
@@ -73,7 +73,7 @@ class Machine {
  public:
   Machine(const Grid& grid, const Options& options, std::vector<Region> memory)
       : grid_(grid), options_(options), memory_(std::move(memory)), random_(options.seed) {
-    // How eager messages are, and how unfairly warps are treated, differ from seed to seed.
+    // The delay of messages and the unfairness of scheduling differ from seed to seed.
     const double eagerness[] = {0.0, 0.001, 0.05, 1.0};
     eagerness_ = eagerness[options.seed % 4];
     const int candidates[] = {1, 2, 8};
@@ -97,7 +97,7 @@ class Machine {
       blocks_[b].warps.resize(warps);
       for (Warp& warp : blocks_[b].warps) warp.priority = random_();
     }
-    clusters_.assign(blocks / grid_.cluster, Rendezvous{});
+    clusters_.assign(blocks / grid_.cluster, ThreadBarrier{});
     // Each warp counts its own time, each barrier its phases.
     clock_size_ = blocks * (warps + MOST_BARRIERS);
     for (int w = 0; w < blocks * warps; ++w) {
@@ -126,7 +126,7 @@ class Machine {
     if (!error_.empty()) throw std::runtime_error(error_);
   }
 
-  // --- What a thread asks
+  // --- Called by the threads of the kernel
 
   int thread() const { return fibers_[running_].thread; }
   int block() const { return fibers_[running_].block; }
@@ -143,7 +143,7 @@ class Machine {
   }
 
   void load_shared(uint32_t offset, void* to, size_t bytes) {
-    hesitate();
+    maybe_yield();
     std::memcpy(to, shared_of(block(), offset, bytes), bytes);
     for (uint32_t at = offset / 4; at < (offset + bytes) / 4; ++at) {
       Word& word = blocks_[block()].words[at];
@@ -156,28 +156,28 @@ class Machine {
   }
 
   void store_shared(uint32_t offset, const void* from, size_t bytes) {
-    hesitate();
+    maybe_yield();
     std::memcpy(shared_of(block(), offset, bytes), from, bytes);
-    const std::string race = written(block(), offset, bytes, clock(), warp(), clock()[warp()]);
+    const std::string race = record_write(block(), offset, bytes, clock(), warp(), clock()[warp()]);
     if (!race.empty()) fail(race);
   }
 
-  // Lets others go first, now and then.
-  void hesitate() {
-    if (random_() % 16 == 0) pause();
+  // Sometimes lets other threads run first.
+  void maybe_yield() {
+    if (random_() % 16 == 0) yield_now();
   }
 
   void sync_threads() {
     if (options_.fault == Fault::no_block_barrier && block() == victim_) return;
-    meet(blocks_[block()].rendezvous, grid_.threads, "the threads of its block");
+    arrive_and_wait(blocks_[block()].barrier_of_threads, grid_.threads, "the threads of its block");
   }
 
   void sync_cluster() {
     if (options_.fault == Fault::no_cluster_start && block() == victim_) return;
-    meet(clusters_[block() / grid_.cluster], grid_.threads * grid_.cluster, "the blocks of its cluster");
+    arrive_and_wait(clusters_[block() / grid_.cluster], grid_.threads * grid_.cluster, "the blocks of its cluster");
   }
 
-  void sync_grid() { meet(all_, int(fibers_.size()), "the blocks of the grid"); }
+  void sync_grid() { arrive_and_wait(all_, int(fibers_.size()), "the blocks of the grid"); }
 
   void barrier_init(uint32_t offset, uint32_t arrivals) {
     shared_of(block(), offset, 8);
@@ -196,7 +196,7 @@ class Machine {
     if (barrier.pending == 0) fail("more arrivals at a barrier than it was made for");
     barrier.bytes += bytes;
     --barrier.pending;
-    hand_on(barrier.next);
+    release_clock(barrier.next);
     end_phase(barrier);
   }
 
@@ -206,7 +206,7 @@ class Machine {
       if (options_.fault == Fault::missing_wait) return;
       if (options_.fault == Fault::wrong_phase) parity ^= 1;
     }
-    // Looked at again when the thread's turn comes: by then a phase more may have passed, as on the GPU.
+    // Tested again when the thread is scheduled: by then another phase may have passed, as on the GPU.
     for (Barrier* b; (b = &barrier_at(block(), offset))->phase % 2 == parity;) wait(b->waiting, "a message");
     join(clock(), barrier_at(block(), offset).released);
   }
@@ -217,15 +217,16 @@ class Machine {
     shared_of(target, offset, 16);
     Message message{target, offset, barrier, {}, false, Clock(clock_size_)};
     std::memcpy(message.bytes, words, 16);
-    hand_on(message.clock);
+    release_clock(message.clock);
     if (options_.fault == Fault::lost_message && block() == victim_ && --lost_ == 0) return;
     messages_.push_back(std::move(message));
-    hesitate();
+    maybe_yield();
   }
 
-  // Calls work(values of all lanes, in order) once, when all 32 lanes have come, then returns this lane's result.
+  // A collective operation of a warp: when all 32 lanes have arrived, calls work(values of all lanes, results) once,
+  // and returns this lane's result.
   template <typename In, typename Out, typename Work>
-  Out together(const In& in, Work work) {
+  Out warp_collective(const In& in, Work work) {
     static_assert(sizeof(In) <= MAX_VALUE && sizeof(Out) <= MAX_VALUE);
     Warp& warp = blocks_[block()].warps[thread() / 32];
     const int lane = thread() % 32;
@@ -255,7 +256,7 @@ class Machine {
   static constexpr size_t MAX_VALUE = 64;
   static constexpr int MOST_BARRIERS = 4;  // of a block
 
-  // Virtual memory: what a fiber does not touch costs nothing.
+  // Virtual memory: untouched pages of a stack cost nothing.
   struct Stacks {
     explicit Stacks(size_t bytes) : bytes(bytes) {
       void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -268,7 +269,7 @@ class Machine {
     char* memory;
   };
 
-  // The context is where it begins; from then on jumps lead to it and away, which ask nothing of the system.
+  // A context starts a fiber; later switches are jumps, which need no system call.
   struct Fiber {
     ucontext_t context;
     jmp_buf place;
@@ -284,7 +285,7 @@ class Machine {
     unsigned char in[32][MAX_VALUE], out[32][MAX_VALUE];
   };
 
-  struct Rendezvous {
+  struct ThreadBarrier {
     int arrived = 0;
     std::vector<int> waiting;
     std::vector<int> warps;
@@ -293,15 +294,15 @@ class Machine {
   using Clock = std::vector<uint32_t>;
 
   struct Barrier {
-    int component;  // of the clocks, that counts its phases
+    int component;  // of the clocks: counts its phases
     uint32_t arrivals, pending;
     int64_t bytes = 0;  // still to come; negative while more has come than is expected yet
     uint32_t phase = 0;
     std::vector<int> waiting;
-    Clock next, released;  // what one knows who has waited for the current phase, for the last one
+    Clock next, released;  // the clocks that a wait for the current phase, and for the last one, passes on
   };
 
-  // Who touched four bytes of shared memory, and when by its own clock.
+  // The last accesses to four bytes of shared memory, and their times by the accessing warps' own clocks.
   struct Word {
     int writer = -1;
     uint32_t written = 0;
@@ -313,7 +314,7 @@ class Machine {
     std::vector<Word> words;
     std::vector<Warp> warps;
     std::map<uint32_t, Barrier> barriers;
-    Rendezvous rendezvous;
+    ThreadBarrier barrier_of_threads;
     int finished = 0;
   };
 
@@ -356,7 +357,7 @@ class Machine {
 
   double uniform() { return double(random_() >> 11) * 0x1p-53; }
 
-  // Of a few threads drawn, the one whose warp has precedence, which changes from time to time.
+  // Of a few threads drawn, the one whose warp has the highest priority; priorities change now and then.
   int choose() {
     size_t best = 0;
     uint64_t most = 0;
@@ -388,7 +389,7 @@ class Machine {
       std::memcpy(block.shared.data() + message.offset, message.bytes, 16);
       message.written = true;
       Barrier& barrier = found->second;
-      what = written(target, message.offset, 16, message.clock, barrier.component, barrier.phase + 1);
+      what = record_write(target, message.offset, 16, message.clock, barrier.component, barrier.phase + 1);
     } else {
       found->second.bytes -= 16;
       join(found->second.next, message.clock);
@@ -399,8 +400,8 @@ class Machine {
     if (!what.empty()) error_ = "a message came to block " + std::to_string(target) + " " + what;
   }
 
-  // Notes a write by one that knows `clock`; an error in words if it need not come after all earlier accesses.
-  std::string written(int block, uint32_t offset, size_t bytes, const Clock& clock, int writer, uint32_t time) {
+  // Records a write by a writer with `clock`. Returns a message if the write is not ordered after all earlier accesses.
+  std::string record_write(int block, uint32_t offset, size_t bytes, const Clock& clock, int writer, uint32_t time) {
     for (uint32_t at = offset / 4; at < (offset + bytes) / 4; ++at) {
       Word& word = blocks_[block].words[at];
       if (word.writer >= 0 && word.written > clock[word.writer])
@@ -421,8 +422,8 @@ class Machine {
     for (size_t i = 0; i < to.size(); ++i) to[i] = std::max(to[i], from[i]);
   }
 
-  // Lets others know what this warp has done so far, but nothing that it does from now on.
-  void hand_on(Clock& to) {
+  // Release: passes on this warp's clock, and advances it.
+  void release_clock(Clock& to) {
     join(to, clock());
     ++clock()[warp()];
   }
@@ -435,20 +436,20 @@ class Machine {
     wake(barrier.waiting);
   }
 
-  void meet(Rendezvous& rendezvous, int all, const char* what) {
-    if (thread() % 32 == 0) rendezvous.warps.push_back(warp());
-    if (++rendezvous.arrived == all) {
-      rendezvous.arrived = 0;
+  void arrive_and_wait(ThreadBarrier& barrier, int all, const char* what) {
+    if (thread() % 32 == 0) barrier.warps.push_back(warp());
+    if (++barrier.arrived == all) {
+      barrier.arrived = 0;
       Clock everything(clock_size_);
-      for (int w : rendezvous.warps) join(everything, clocks_[w]);
-      for (int w : rendezvous.warps) {
+      for (int w : barrier.warps) join(everything, clocks_[w]);
+      for (int w : barrier.warps) {
         clocks_[w] = everything;
         ++clocks_[w][w];
       }
-      rendezvous.warps.clear();
-      wake(rendezvous.waiting);
+      barrier.warps.clear();
+      wake(barrier.waiting);
     } else {
-      wait(rendezvous.waiting, what);
+      wait(barrier.waiting, what);
     }
   }
 
@@ -463,7 +464,7 @@ class Machine {
     waiting.clear();
   }
 
-  void pause() {
+  void yield_now() {
     runnable_.push_back(running_);
     leave();
   }
@@ -516,8 +517,8 @@ class Machine {
   std::vector<Block> blocks_;
   std::vector<Clock> clocks_;  // of the warps
   size_t clock_size_ = 0;
-  std::vector<Rendezvous> clusters_;
-  Rendezvous all_;
+  std::vector<ThreadBarrier> clusters_;
+  ThreadBarrier all_;
   std::vector<int> runnable_;
   std::vector<Message> messages_;
   int running_ = 0;
