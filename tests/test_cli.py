@@ -39,15 +39,17 @@ def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def one_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "PROBLEMS", (testing.GruProblem(T=2, B=2, I=3, H=5),))
+    problems = {"gru": (testing.GruProblem(T=2, B=2, I=3, H=5),), "attention": (testing.AttentionProblem(),)}
+    monkeypatch.setattr(verify, "PROBLEMS", problems)
 
 
 @pytest.fixture
 def wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def parity(problem: testing.GruProblem) -> list[testing.Comparison]:
+    def parity(problem: verify.Problem) -> list[testing.Comparison]:
         return [testing.Comparison("output", 0.0, 1.0, 0.0), testing.Comparison("grad of hx", float("nan"), 1.0, 0.0)]
 
-    monkeypatch.setattr(testing, "parity", parity)
+    for name in ("parity", "attention_parity"):
+        monkeypatch.setattr(testing, name, parity)
 
 
 # --- info
@@ -152,10 +154,11 @@ def test_verify_covers_every_backend_isa_and_dtype(capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     rows = [line for line in text.splitlines() if "PASS" in line]
     engines = {*(f"cpu {isa} " for isa in _machine.usable_isas()), "reference "}
-    assert len(rows) >= len(engines) * len(_common.DTYPES)
+    assert len(rows) >= 2 * len(engines) * len(_common.DTYPES)
     for engine in engines:
         for dtype in _common.DTYPES:
-            assert any(engine in row and f" {dtype} " in row for row in rows)
+            for family in ("gru", "attention"):
+                assert any(family in row and engine in row and f" {dtype} " in row for row in rows)
     assert _machine.current_isa() == before
 
 
@@ -174,6 +177,54 @@ def test_verify_fails_on_wrong_numbers(capsys: pytest.CaptureFixture[str]) -> No
     assert "PASS" not in text
 
 
+def wrong_results(right: Any, **wrong: Any) -> Any:
+    return lambda *args, **kwargs: right(*args, **{**kwargs, **wrong})
+
+
+def wrong_gradient(right: Any) -> Any:
+    def attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The same numbers, and 1.01 times the gradient of query.
+        return right(1.01 * query - 0.01 * query.detach(), *args, **kwargs)
+
+    return lambda query, **kwargs: attention(query, **kwargs)
+
+
+WRONG_KERNELS: dict[str, tuple[Any, str, Any, str]] = {
+    "gru": (fastgru.GRU, "forward", lambda right: lambda *args: tuple(1.01 * t for t in right(*args)), "T2-B2"),
+    "attention, output": (fastgru, "flash_attention", lambda right: wrong_results(right, softcap=1.0), "B2-H4/2"),
+    "attention, a gradient": (fastgru, "flash_attention", wrong_gradient, "B2-H4/2"),
+}
+
+
+@pytest.mark.usefixtures("one_problem")
+@pytest.mark.parametrize("name", WRONG_KERNELS)
+def test_verify_fails_on_a_wrong_kernel(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, function, wrong, problem = WRONG_KERNELS[name]
+    monkeypatch.setattr(owner, function, wrong(getattr(owner, function)))
+    assert main(["verify"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"FAILED: reference, {problem}") for line in lines)
+    # The other family is not blamed.
+    assert all(problem in line for line in lines if line.startswith("FAILED"))
+    assert [line for line in lines if "PASS" in line]
+
+
+@pytest.mark.usefixtures("one_problem")
+def test_verify_says_which_problems_a_backend_has_no_kernel_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(problem: testing.AttentionProblem) -> list[testing.Comparison]:
+        raise fastgru.BackendUnavailable("no kernel")
+
+    monkeypatch.setattr(testing, "attention_parity", refuse)
+    assert main(["verify"]) == 0
+    text = capsys.readouterr().out
+    assert "Skipped: attention, reference, float32: 1 of 1 problems: no kernel" in text
+    assert not [line for line in text.splitlines() if "attention" in line and "PASS" in line]
+
+
 @pytest.mark.usefixtures("one_problem")
 def test_verify_compares_all_threads_with_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -184,16 +235,21 @@ def test_verify_compares_all_threads_with_one(
     monkeypatch.setattr(verify, "thread_difference", lambda _, count: testing.Comparison(f"{count}!", 1e-9, 0.0, 0.0))
     with verify.threads(3):
         assert main(["verify"]) == 1
-    assert capsys.readouterr().out.count("3!: error 1e-09") == len(_machine.usable_isas())
+    assert capsys.readouterr().out.count("3!: error 1e-09") == 2 * len(_machine.usable_isas())
     assert torch.get_num_threads() == before
 
 
 def test_verify_problems_cover_what_they_should() -> None:
-    problems = verify.PROBLEMS
+    problems = verify.PROBLEMS["gru"]
     for option in ("bidirectional", "packed", "batch_first"):
         assert any(getattr(problem, option) for problem in problems)
     assert any(not problem.bias for problem in problems)
     assert any(problem.H % 16 for problem in problems)
+    attention = verify.PROBLEMS["attention"]
+    for option in ("causal", "mask", "float_mask", "lowest_mask", "bias", "q_lengths", "k_lengths", "softcap", "alibi"):
+        assert any(getattr(problem, option) for problem in attention)
+    assert {problem.Hq // problem.Hk for problem in attention} >= {1, 2, 4}
+    assert {problem.sdpa for problem in attention} == {False, True}
 
 
 # --- bench
