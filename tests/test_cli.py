@@ -74,6 +74,19 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert record["problems"] == []
 
 
+def test_info_says_how_the_library_was_built(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = _machine.build()
+    if _machine.usable_isas():
+        assert build is not None and set(build) == {"compiler", "flags", "torch", "commit"}
+        assert "-ffp-contract=off" in (build["flags"] or "") and build["compiler"] and build["torch"]
+        assert main(["info"]) == 0
+        assert f"built by {build['compiler']} -O3" in capsys.readouterr().out
+    monkeypatch.setattr(fastgru._lib, "load_error", "the library is missing")
+    assert _machine.build() is None
+
+
 def test_info_tells_why_and_what_to_do_without_the_extension(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
