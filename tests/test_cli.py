@@ -14,9 +14,14 @@ import torch
 
 import fastgru
 from fastgru import testing
-from fastgru.cli import _common, _machine, _timing, bench, info, main, verify
+from fastgru.cli import _bench_attention, _common, _machine, _timing, bench, info, main, verify
 
 SMALL_BENCH = ["bench", "--hidden", "8", "5", "--input", "4", "--batch", "2", "--seq", "3", "--seconds", "0.01"]
+
+SMALL_ATTENTION = [
+    "bench", "--family", "attention", "--batch", "1", "--heads", "4", "--kv-heads", "2", "--seq", "5", "--dim", "8",
+    "--seconds", "0.01",
+]  # fmt: skip
 
 
 def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -294,10 +299,95 @@ def test_bench_times_every_combination_both_ways(tmp_path: Path, capsys: pytest.
             assert 0 < latency["p50"] <= latency["p90"]
 
 
+def test_bench_times_attention_against_every_backend_of_torch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, picture = tmp_path / "result.json", tmp_path / "bench.png"
+    options = ["--causal", "--training", "--keys", "5", "7", "--json", str(file), "--plot", str(picture)]
+    assert main([*SMALL_ATTENTION, *options]) == 0
+    text = capsys.readouterr().out
+    assert text.count("flash") == text.count("math") == 4 and text.count("fwd+bwd") == 4
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    record = json.loads(file.read_text())
+    assert record["family"] == "attention" and record["causal"] is True
+    assert [[result[name] for name in ("B", "Hq", "Hk", "Lq", "Lk", "D")] for result in record["results"]] == [
+        [1, 4, 2, 5, 5, 8],
+        [1, 4, 2, 5, 7, 8],
+    ]
+    for result in record["results"]:
+        assert result["broken"] == [] and result["left_out"] == {}
+        for mode in ("forward", "forward + backward"):
+            times, peers = result["times"][mode], result["peers"][mode]
+            assert set(peers) == {"flash", "math"}
+            assert times["baseline_s"] == min(peer["baseline_s"] for peer in peers.values())
+            assert times == {**peers[times["peer"]], "peer": times["peer"]}
+            assert times["speedup_q1"] <= times["speedup"] <= times["speedup_q3"]
+            assert set(result["latency_s"][mode]) == {"baseline", "candidate"}
+    # Forward alone; compared with what both records hold.
+    assert main([*SMALL_ATTENTION, "--causal", "--compare", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "Speed-up over torch, beside" in text and "fwd+bwd" not in text
+    # Another family, and another setting.
+    assert main([*SMALL_BENCH, "--compare", str(file)]) == main([*SMALL_ATTENTION, "--compare", str(file)]) == 0
+    assert capsys.readouterr().out.count("nothing to compare") == 2
+
+
+def test_bench_compares_with_a_record_of_before_there_were_families(tmp_path: Path) -> None:
+    file = tmp_path / "old.json"
+    assert main([*SMALL_BENCH, "--json", str(file)]) == 0
+    record = json.loads(file.read_text())
+    old = {name: value for name, value in record.items() if name != "family"}
+    assert len(bench.compare(old, record)) == 4
+
+
+def test_attention_that_would_take_gigabytes_is_compared_in_part() -> None:
+    small = testing.AttentionProblem(B=2, Hq=8, Hk=2, Lq=512, Lk=512)
+    assert _bench_attention.checked(small) == small
+    for problem in (
+        testing.AttentionProblem(B=8, Hq=16, Hk=16, Lq=8192, Lk=8192, causal=True),
+        testing.AttentionProblem(B=64, Hq=8, Hk=2, Lq=1, Lk=1 << 20),
+        testing.AttentionProblem(B=1, Hq=8, Hk=1, Lq=1, Lk=1 << 24),
+    ):
+        part = _bench_attention.checked(problem)
+        assert part.Hq // part.Hk == problem.Hq // problem.Hk and part.causal == problem.causal
+        assert 1 << 20 < part.B * part.Hq * part.Lq * part.Lk <= 1 << 22
+    assert "GiB" in (_bench_attention.why_not("math", testing.AttentionProblem(Lq=1 << 16, Lk=1 << 16)) or "")
+    assert _bench_attention.why_not("math", small) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--family", "attention", "--hidden", "3"], "--hidden is no option of --family attention"),
+        (["--kv-heads", "2"], "--kv-heads is no option of --family gru"),
+        (["--family", "attention", "--heads", "4", "--kv-heads", "3"], "--heads 4 is not a multiple of --kv-heads 3"),
+    ],
+)
+def test_bench_refuses_options_that_do_not_go_together(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_bench_says_why_a_backend_does_not_take_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(problem: testing.AttentionProblem) -> list[testing.Comparison]:
+        raise fastgru.BackendUnavailable("it has no such kernel")
+
+    monkeypatch.setattr(testing, "attention_parity", refuse)
+    assert main(SMALL_ATTENTION) == 2
+    assert "fastgru bench: it has no such kernel" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("wrong_numbers")
-def test_bench_does_not_time_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("small", [SMALL_BENCH, SMALL_ATTENTION], ids=["gru", "attention"])
+def test_bench_does_not_time_wrong_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], small: list[str]
+) -> None:
     file = tmp_path / "result.json"
-    assert main([*SMALL_BENCH, "--json", str(file)]) == 1
+    assert main([*small, "--json", str(file)]) == 1
     assert "not timed" in capsys.readouterr().out
     for result in json.loads(file.read_text())["results"]:
         assert result["times"] == {}
