@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peers import as_torch, training_step
+from peers_gru import as_torch, training_step
 from problems import Attention, Problem
 from torch import Tensor, nn
 

@@ -17,6 +17,15 @@ import fastgru
 from fastgru import _lib
 
 
+def origin(*packages: str) -> dict[str, Any]:
+    """The head of every stored record: machine, versions, those of other ``packages`` among them, and commit."""
+    return {
+        "machine": machine(),
+        "versions": versions() | {name: installed(name) for name in packages},
+        "commit": commit(),
+    }
+
+
 def machine() -> dict[str, Any]:
     """The hardware and how much of it torch may use."""
     try:
