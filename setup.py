@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -141,6 +142,34 @@ def compile_cubins(directory: Path) -> None:
         print("fastgru: the attention kernels for Hopper are left out", flush=True)
 
 
+def build_record(directory: Path) -> str:
+    """Write the C++ source of ``fastgru_build_record``, which says in JSON how the library was built; return its path.
+
+    A file of its own, so that a new commit compiles nothing else again.
+    """
+    import torch
+
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+        return done.stdout.strip()
+
+    # A source distribution unpacked inside somebody's repository is not part of that repository.
+    head = git("rev-parse", "--short=12", "HEAD") if git("ls-files", "setup.py") else ""
+    dirty = "+dirty" if head and git("status", "--porcelain", "--untracked-files=no") else ""
+    record = {"flags": shlex.join(COMPILE_ARGS), "torch": torch.__version__, "commit": head + dirty or None}
+    target = directory / "build_record.cpp"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(
+        '#ifdef __clang__\n#define COMPILER __VERSION__\n#else\n#define COMPILER "GCC " __VERSION__\n#endif\n'
+        'extern "C" __attribute__((visibility("default"))) const char* fastgru_build_record() {\n'
+        f"""  return R"({{"compiler": ")" COMPILER R"(", {json.dumps(record)[1:]})";\n}}\n"""
+    )
+    return str(target)
+
+
 def extension() -> dict[str, Any]:
     """setup()'s arguments for what is compiled: a plain library in the stable ABI, one file for every Python and torch,
     and the small module in Python's limited ABI that calls it directly."""
@@ -157,8 +186,9 @@ def extension() -> dict[str, Any]:
 
         def build_extensions(self) -> None:
             try:
+                module = self.extensions[0]
+                module.sources.append(build_record(Path(self.build_temp)))
                 if home is not None:
-                    module = self.extensions[0]
                     module.extra_objects = compile_kernels(home, Path(self.build_temp), module.include_dirs)
                     compile_cubins(Path(self.get_ext_fullpath(module.name)).parent / "cubins")
                 super().build_extensions()

@@ -39,9 +39,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     for name in ("node", "release"):
         machine_info.pop(name, None)
     machine_info["cpu"] = {name: machine_info["cpu"].get(name) for name in ("brand_raw", "count")}
-    peers = ("onnxruntime", "openvino", "keras", "flash-attn")
-    versions = _machine.versions() | {name: _machine.installed(name) for name in peers}
-    machine_info.update(machine=_machine.machine(), versions=versions, limits={})
+    origin = _machine.origin("onnxruntime", "openvino", "keras", "flash-attn")
+    machine_info.update(machine=origin["machine"], versions=origin["versions"], limits={})
     if roofline.roofline.cache_info().currsize:
         machine_info["limits"]["cpu"] = roofline.roofline(torch.get_num_threads())
     if roofline.gpu_roofline.cache_info().currsize:

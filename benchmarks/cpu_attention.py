@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import statistics
 import subprocess
@@ -29,14 +28,13 @@ import torch.nn.functional as F
 from cpu_gru import ROOT, geometric_mean
 from problems import CPU_ATTENTION_GOALS, GroupedAttention
 from roofline import probes
+from timing import Function, race, results
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgru
 from fastgru.cli import _machine
-from fastgru.cli._timing import quartiles
 
-Function = Callable[[], Any]
 PEERS = {"torch flash": SDPBackend.FLASH_ATTENTION, "torch math": SDPBackend.MATH}
 MODES = ("forward", "training")
 # Errors against float64, of the largest result: a few roundings.
@@ -123,37 +121,12 @@ def block(function: Function, count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def race(functions: dict[str, Function], seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of every function in every round; at least five rounds."""
-    counts = {}
-    for name, function in functions.items():
-        with selected(name):
-            counts[name] = max(1, math.ceil(0.004 / block(function, 1)))
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    start, done = time.perf_counter(), 0
-    while done < 5 or (done < 60 and time.perf_counter() - start < seconds):
-        order = list(functions)
-        random.Random(done).shuffle(order)
-        for name in order:
-            with selected(name):
-                times[name].append(block(functions[name], counts[name]))
-        done += 1
-    return times
-
-
 def measure(problem: GroupedAttention, name: str, mode: str, seconds: float) -> dict[str, Any]:
     """Medians in microseconds, and how many times as fast fastgru is as each peer and as the better one."""
-    times = race(calls(problem, dtype(name), mode), seconds)
-    ours = times["fastgru"]
-    peers = [peer for peer in times if peer != "fastgru"]
-    best = min(peers, key=lambda peer: statistics.median(times[peer]))
-    result: dict[str, Any] = {**problem._asdict(), "dtype": name, "mode": mode, "rounds": len(ours), "best": best}
-    result["us"] = {peer: statistics.median(values) * 1e6 for peer, values in times.items()}
-    result["speedup"] = {}
-    for peer in peers:
-        q1, q2, q3 = quartiles([theirs / own for theirs, own in zip(times[peer], ours, strict=True)])
-        result["speedup"][peer] = {"median": q2, "q1": q1, "q3": q3}
-    return result
+    functions = calls(problem, dtype(name), mode)
+    found = results(race(functions, block, block_seconds=0.004, seconds=seconds, least=5, most=60, selected=selected))
+    best = min(found["speedup"], key=lambda peer: found["us"][peer])
+    return {**problem._asdict(), "dtype": name, "mode": mode, "best": best, **found}
 
 
 def table(seconds: float, threads: int, peak: Callable[[], float]) -> Iterator[dict[str, Any]]:
@@ -268,9 +241,7 @@ def main() -> None:
     record = json.loads(path.read_text()) if options.only and path.exists() else {}
     record |= {
         "benchmark": "cpu_attention",
-        "machine": _machine.machine(),
-        "versions": _machine.versions(),
-        "commit": _machine.commit(),
+        **_machine.origin(),
         "threads": options.threads,
     }
     parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {

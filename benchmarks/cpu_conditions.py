@@ -175,9 +175,7 @@ def main() -> None:
     record = json.loads(path.read_text()) if options.only and path.exists() else {}
     record |= {
         "benchmark": "cpu_conditions",
-        "machine": _machine.machine(),
-        "versions": _machine.versions(),
-        "commit": _machine.commit(),
+        **_machine.origin(),
         "threads": options.threads,
     }
     options.output.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import statistics
 import sys
 import time
@@ -20,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import FORWARD, TRAINING, Forward, PeerMissingError
+from peers import PeerMissingError
+from peers_gru import FORWARD, TRAINING, Forward
 from problems import CPU_GRU, Problem
 from roofline import Limits, gru_limit, roofline
+from timing import race, results
 from torch import nn
 
 from fastgru.cli import _machine
-from fastgru.cli._timing import quartiles
 
 ROOT = Path(__file__).parents[1]
 IDLE = 0.1  # seconds for a spinning thread pool to go to sleep; ONNX Runtime's takes more than 0.02
@@ -42,24 +42,6 @@ def block(function: Forward, calls: int) -> float:
     for _ in range(calls):
         function()
     return (time.perf_counter() - start) / calls
-
-
-def race(functions: dict[str, Forward], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of every function in every round."""
-    calls = {}
-    for name, function in functions.items():
-        once = min(block(function, 1) for _ in range(2))
-        calls[name] = max(1, math.ceil(0.02 / once))
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    start = time.perf_counter()
-    for done in range(rounds):
-        order = list(functions)
-        random.Random(done).shuffle(order)
-        for name in order:
-            times[name].append(block(functions[name], calls[name]))
-        if done >= 6 and time.perf_counter() - start > seconds:
-            break
-    return times
 
 
 def check(function: Forward, gru: nn.GRU, x: torch.Tensor) -> float:
@@ -99,15 +81,9 @@ def measure(problem: Problem, names: list[str], rounds: int, seconds: float, lim
     ):
         # As a loop of calls has it: entered once, and not for every call.
         with torch.inference_mode(mode == "forward"):
-            times = race(functions, rounds, seconds)
-        ours = times["fastgru"]
-        result: dict[str, Any] = {"rounds": len(ours), "us": {}, "speedup": {}}
-        for name, values in times.items():
-            result["us"][name] = statistics.median(values) * 1e6
-            if name != "fastgru":
-                q1, q2, q3 = quartiles([theirs / own for theirs, own in zip(values, ours, strict=True)])
-                result["speedup"][name] = {"median": q2, "q1": q1, "q3": q3}
-        median = statistics.median(ours)
+            times = race(functions, block, block_seconds=0.02, seconds=seconds, least=min(7, rounds), most=rounds)
+        result = results(times)
+        median = result["us"]["fastgru"] / 1e6
         result["gflops"] = flops / median / 1e9
         result["of_fma_peak"] = result["gflops"] / limits["fma_peak_gflops"]
         limit = gru_limit(problem, "cpu", "float32", threads, training=mode == "training")
@@ -224,9 +200,7 @@ def main() -> None:
 
     record: dict[str, Any] = {
         "benchmark": "cpu_gru",
-        "machine": _machine.machine(),
-        "versions": {**_machine.versions(), **{name: _machine.installed(name) for name in ("onnxruntime", "openvino")}},
-        "commit": _machine.commit(),
+        **_machine.origin("onnxruntime", "openvino"),
         "threads": options.threads,
         "roofline": roofline(options.threads),
         "rows": [],

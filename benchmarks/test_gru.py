@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from checks import gru_case
-from peers import PeerMissingError, gru_peers
+from peers import PeerMissingError
+from peers_gru import gru_peers
 from problems import CPU_GRU, CUDA_GRU, Problem
 
 NO_GPU = pytest.param("cuda", "", None, "", marks=pytest.mark.skip(reason="torch finds no GPU"), id="cuda")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgru
+from fastgru import testing
 
 LOWEST = torch.finfo(torch.float32).min
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -122,8 +123,9 @@ def test_no_less_exact_than_the_math_path(
     rounds = sizes[1] > 192 or engine == "cpu-avx512_bf16"
     for name in names:
         gradient = name in ("query", "key")
-        floor = 1e-5 if gradient and not rounds else 4 * eps
-        limit = (3 if gradient else 2) * theirs[name] + floor * largest[name]
+        floor = 1e-5 / eps if gradient and not rounds else testing.FLOOR
+        multiple = 3 if gradient else testing.MULTIPLE
+        limit = testing.error_limit(theirs[name], largest[name], dtype, multiple=multiple, floor=floor)
         assert errors[name] <= limit, f"{name}: error {errors[name]:.3g}, the math path's {theirs[name]:.3g}"
 
 

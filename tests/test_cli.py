@@ -14,9 +14,14 @@ import torch
 
 import fastgru
 from fastgru import testing
-from fastgru.cli import _common, _machine, _timing, bench, info, main, verify
+from fastgru.cli import _bench_attention, _common, _machine, _timing, bench, info, main, verify
 
 SMALL_BENCH = ["bench", "--hidden", "8", "5", "--input", "4", "--batch", "2", "--seq", "3", "--seconds", "0.01"]
+
+SMALL_ATTENTION = [
+    "bench", "--family", "attention", "--batch", "1", "--heads", "4", "--kv-heads", "2", "--seq", "5", "--dim", "8",
+    "--seconds", "0.01",
+]  # fmt: skip
 
 
 def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -39,15 +44,17 @@ def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def one_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "PROBLEMS", (testing.GruProblem(T=2, B=2, I=3, H=5),))
+    problems = {"gru": (testing.GruProblem(T=2, B=2, I=3, H=5),), "attention": (testing.AttentionProblem(),)}
+    monkeypatch.setattr(verify, "PROBLEMS", problems)
 
 
 @pytest.fixture
 def wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def parity(problem: testing.GruProblem) -> list[testing.Comparison]:
+    def parity(problem: verify.Problem) -> list[testing.Comparison]:
         return [testing.Comparison("output", 0.0, 1.0, 0.0), testing.Comparison("grad of hx", float("nan"), 1.0, 0.0)]
 
-    monkeypatch.setattr(testing, "parity", parity)
+    for name in ("parity", "attention_parity"):
+        monkeypatch.setattr(testing, name, parity)
 
 
 # --- info
@@ -70,6 +77,19 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert record["machine"]["threads"] == torch.get_num_threads()
     assert {backend["name"] for backend in record["backends"]} >= {"cpu", "reference"}
     assert record["problems"] == []
+
+
+def test_info_says_how_the_library_was_built(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = _machine.build()
+    if _machine.usable_isas():
+        assert build is not None and set(build) == {"compiler", "flags", "torch", "commit"}
+        assert "-ffp-contract=off" in (build["flags"] or "") and build["compiler"] and build["torch"]
+        assert main(["info"]) == 0
+        assert f"built by {build['compiler']} -O3" in capsys.readouterr().out
+    monkeypatch.setattr(fastgru._lib, "load_error", "the library is missing")
+    assert _machine.build() is None
 
 
 def test_info_tells_why_and_what_to_do_without_the_extension(
@@ -152,10 +172,11 @@ def test_verify_covers_every_backend_isa_and_dtype(capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     rows = [line for line in text.splitlines() if "PASS" in line]
     engines = {*(f"cpu {isa} " for isa in _machine.usable_isas()), "reference "}
-    assert len(rows) >= len(engines) * len(_common.DTYPES)
+    assert len(rows) >= 2 * len(engines) * len(_common.DTYPES)
     for engine in engines:
         for dtype in _common.DTYPES:
-            assert any(engine in row and f" {dtype} " in row for row in rows)
+            for family in ("gru", "attention"):
+                assert any(family in row and engine in row and f" {dtype} " in row for row in rows)
     assert _machine.current_isa() == before
 
 
@@ -174,6 +195,54 @@ def test_verify_fails_on_wrong_numbers(capsys: pytest.CaptureFixture[str]) -> No
     assert "PASS" not in text
 
 
+def wrong_results(right: Any, **wrong: Any) -> Any:
+    return lambda *args, **kwargs: right(*args, **{**kwargs, **wrong})
+
+
+def wrong_gradient(right: Any) -> Any:
+    def attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The same numbers, and 1.01 times the gradient of query.
+        return right(1.01 * query - 0.01 * query.detach(), *args, **kwargs)
+
+    return lambda query, **kwargs: attention(query, **kwargs)
+
+
+WRONG_KERNELS: dict[str, tuple[Any, str, Any, str]] = {
+    "gru": (fastgru.GRU, "forward", lambda right: lambda *args: tuple(1.01 * t for t in right(*args)), "T2-B2"),
+    "attention, output": (fastgru, "flash_attention", lambda right: wrong_results(right, softcap=1.0), "B2-H4/2"),
+    "attention, a gradient": (fastgru, "flash_attention", wrong_gradient, "B2-H4/2"),
+}
+
+
+@pytest.mark.usefixtures("one_problem")
+@pytest.mark.parametrize("name", WRONG_KERNELS)
+def test_verify_fails_on_a_wrong_kernel(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, function, wrong, problem = WRONG_KERNELS[name]
+    monkeypatch.setattr(owner, function, wrong(getattr(owner, function)))
+    assert main(["verify"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"FAILED: reference, {problem}") for line in lines)
+    # The other family is not blamed.
+    assert all(problem in line for line in lines if line.startswith("FAILED"))
+    assert [line for line in lines if "PASS" in line]
+
+
+@pytest.mark.usefixtures("one_problem")
+def test_verify_says_which_problems_a_backend_has_no_kernel_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(problem: testing.AttentionProblem) -> list[testing.Comparison]:
+        raise fastgru.BackendUnavailable("no kernel")
+
+    monkeypatch.setattr(testing, "attention_parity", refuse)
+    assert main(["verify"]) == 0
+    text = capsys.readouterr().out
+    assert "Skipped: attention, reference, float32: 1 of 1 problems: no kernel" in text
+    assert not [line for line in text.splitlines() if "attention" in line and "PASS" in line]
+
+
 @pytest.mark.usefixtures("one_problem")
 def test_verify_compares_all_threads_with_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -184,16 +253,21 @@ def test_verify_compares_all_threads_with_one(
     monkeypatch.setattr(verify, "thread_difference", lambda _, count: testing.Comparison(f"{count}!", 1e-9, 0.0, 0.0))
     with verify.threads(3):
         assert main(["verify"]) == 1
-    assert capsys.readouterr().out.count("3!: error 1e-09") == len(_machine.usable_isas())
+    assert capsys.readouterr().out.count("3!: error 1e-09") == 2 * len(_machine.usable_isas())
     assert torch.get_num_threads() == before
 
 
 def test_verify_problems_cover_what_they_should() -> None:
-    problems = verify.PROBLEMS
+    problems = verify.PROBLEMS["gru"]
     for option in ("bidirectional", "packed", "batch_first"):
         assert any(getattr(problem, option) for problem in problems)
     assert any(not problem.bias for problem in problems)
     assert any(problem.H % 16 for problem in problems)
+    attention = verify.PROBLEMS["attention"]
+    for option in ("causal", "mask", "float_mask", "lowest_mask", "bias", "q_lengths", "k_lengths", "softcap", "alibi"):
+        assert any(getattr(problem, option) for problem in attention)
+    assert {problem.Hq // problem.Hk for problem in attention} >= {1, 2, 4}
+    assert {problem.sdpa for problem in attention} == {False, True}
 
 
 # --- bench
@@ -225,10 +299,95 @@ def test_bench_times_every_combination_both_ways(tmp_path: Path, capsys: pytest.
             assert 0 < latency["p50"] <= latency["p90"]
 
 
+def test_bench_times_attention_against_every_backend_of_torch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, picture = tmp_path / "result.json", tmp_path / "bench.png"
+    options = ["--causal", "--training", "--keys", "5", "7", "--json", str(file), "--plot", str(picture)]
+    assert main([*SMALL_ATTENTION, *options]) == 0
+    text = capsys.readouterr().out
+    assert text.count("flash") == text.count("math") == 4 and text.count("fwd+bwd") == 4
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    record = json.loads(file.read_text())
+    assert record["family"] == "attention" and record["causal"] is True
+    assert [[result[name] for name in ("B", "Hq", "Hk", "Lq", "Lk", "D")] for result in record["results"]] == [
+        [1, 4, 2, 5, 5, 8],
+        [1, 4, 2, 5, 7, 8],
+    ]
+    for result in record["results"]:
+        assert result["broken"] == [] and result["left_out"] == {}
+        for mode in ("forward", "forward + backward"):
+            times, peers = result["times"][mode], result["peers"][mode]
+            assert set(peers) == {"flash", "math"}
+            assert times["baseline_s"] == min(peer["baseline_s"] for peer in peers.values())
+            assert times == {**peers[times["peer"]], "peer": times["peer"]}
+            assert times["speedup_q1"] <= times["speedup"] <= times["speedup_q3"]
+            assert set(result["latency_s"][mode]) == {"baseline", "candidate"}
+    # Forward alone; compared with what both records hold.
+    assert main([*SMALL_ATTENTION, "--causal", "--compare", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "Speed-up over torch, beside" in text and "fwd+bwd" not in text
+    # Another family, and another setting.
+    assert main([*SMALL_BENCH, "--compare", str(file)]) == main([*SMALL_ATTENTION, "--compare", str(file)]) == 0
+    assert capsys.readouterr().out.count("nothing to compare") == 2
+
+
+def test_bench_compares_with_a_record_of_before_there_were_families(tmp_path: Path) -> None:
+    file = tmp_path / "old.json"
+    assert main([*SMALL_BENCH, "--json", str(file)]) == 0
+    record = json.loads(file.read_text())
+    old = {name: value for name, value in record.items() if name != "family"}
+    assert len(bench.compare(old, record)) == 4
+
+
+def test_attention_that_would_take_gigabytes_is_compared_in_part() -> None:
+    small = testing.AttentionProblem(B=2, Hq=8, Hk=2, Lq=512, Lk=512)
+    assert _bench_attention.checked(small) == small
+    for problem in (
+        testing.AttentionProblem(B=8, Hq=16, Hk=16, Lq=8192, Lk=8192, causal=True),
+        testing.AttentionProblem(B=64, Hq=8, Hk=2, Lq=1, Lk=1 << 20),
+        testing.AttentionProblem(B=1, Hq=8, Hk=1, Lq=1, Lk=1 << 24),
+    ):
+        part = _bench_attention.checked(problem)
+        assert part.Hq // part.Hk == problem.Hq // problem.Hk and part.causal == problem.causal
+        assert 1 << 20 < part.B * part.Hq * part.Lq * part.Lk <= 1 << 22
+    assert "GiB" in (_bench_attention.why_not("math", testing.AttentionProblem(Lq=1 << 16, Lk=1 << 16)) or "")
+    assert _bench_attention.why_not("math", small) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--family", "attention", "--hidden", "3"], "--hidden is no option of --family attention"),
+        (["--kv-heads", "2"], "--kv-heads is no option of --family gru"),
+        (["--family", "attention", "--heads", "4", "--kv-heads", "3"], "--heads 4 is not a multiple of --kv-heads 3"),
+    ],
+)
+def test_bench_refuses_options_that_do_not_go_together(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_bench_says_why_a_backend_does_not_take_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(problem: testing.AttentionProblem) -> list[testing.Comparison]:
+        raise fastgru.BackendUnavailable("it has no such kernel")
+
+    monkeypatch.setattr(testing, "attention_parity", refuse)
+    assert main(SMALL_ATTENTION) == 2
+    assert "fastgru bench: it has no such kernel" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("wrong_numbers")
-def test_bench_does_not_time_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("small", [SMALL_BENCH, SMALL_ATTENTION], ids=["gru", "attention"])
+def test_bench_does_not_time_wrong_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], small: list[str]
+) -> None:
     file = tmp_path / "result.json"
-    assert main([*SMALL_BENCH, "--json", str(file)]) == 1
+    assert main([*small, "--json", str(file)]) == 1
     assert "not timed" in capsys.readouterr().out
     for result in json.loads(file.read_text())["results"]:
         assert result["times"] == {}

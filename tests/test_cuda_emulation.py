@@ -20,6 +20,7 @@ from emulation.build import load
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fastgru import testing
 from fastgru.backends.reference import gate_stride
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
@@ -229,10 +230,8 @@ class Layer:
         theirs = self.torch(self.dtype, tf32=self.problem.precision == "tf32")
         ours = self.ours(emulation)
         for name, reference in exact.items():
-            error = (ours[name].double() - reference).abs().max().item()
-            torch_error = (theirs[name].double() - reference).abs().max().item()
-            limit = 2 * torch_error + 4 * torch.finfo(self.dtype).eps * reference.abs().max().item()
-            assert error <= limit, f"{name}: error {error:.3g}, limit {limit:.3g}, nn.GRU {torch_error:.3g}"
+            found = testing.compare(name, [(ours[name], theirs[name], reference)], self.dtype)
+            assert found.ok, found
 
 
 PROBLEMS = [

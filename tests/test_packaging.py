@@ -118,6 +118,20 @@ def setup_py() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
+def test_the_record_of_a_build_names_no_folder_and_the_commit_of_this_repository_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    build_record = setup_py()["build_record"]
+    monkeypatch.chdir(ROOT)
+    inside = Path(build_record(tmp_path / "new")).read_text()
+    assert "-ffp-contract=off" in inside and f'"torch": "{torch.__version__}"' in inside
+    assert str(ROOT) not in inside and str(tmp_path) not in inside
+    # As in a source distribution unpacked in somebody's repository.
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    monkeypatch.chdir(tmp_path)
+    assert '"commit": null' in Path(build_record(Path("other"))).read_text()
+
+
 def test_architectures_become_compiler_options() -> None:
     flags = setup_py()["code_flags"]
     assert flags("8.0;9.0a 10.0+PTX") == [

@@ -18,8 +18,9 @@ pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is missing: pip
 
 import checks
 import memory
-import peers
+import peers_gru
 import roofline
+from peers import PeerMissingError
 from problems import Attention, Problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,12 +76,12 @@ def test_a_run_stores_percentiles_limits_and_errors_and_names_who_is_missing(rec
     assert len(json.dumps(record)) < 50_000
 
 
-@pytest.mark.parametrize("peer", list(peers.FORWARD))
+@pytest.mark.parametrize("peer", list(peers_gru.FORWARD))
 def test_every_forward_peer_computes_the_same(peer: str) -> None:
     case = checks.GruCase(SMALL)
     try:
-        function = peers.FORWARD[peer](case.gru, case.x)
-    except peers.PeerMissingError as error:
+        function = peers_gru.FORWARD[peer](case.gru, case.x)
+    except PeerMissingError as error:
         pytest.skip(str(error))
     with torch.no_grad():
         assert case.check(peer, function) <= 1
@@ -89,12 +90,12 @@ def test_every_forward_peer_computes_the_same(peer: str) -> None:
             case.check(peer, lambda: torch.as_tensor(function()) * 1.001)
 
 
-@pytest.mark.parametrize("peer", list(peers.TRAINING))
+@pytest.mark.parametrize("peer", list(peers_gru.TRAINING))
 def test_every_training_peer_computes_every_gradient(peer: str) -> None:
     case = checks.GruCase(SMALL)
     try:
-        step = peers.TRAINING[peer](case.gru, case.x, case.grad)
-    except peers.PeerMissingError as error:
+        step = peers_gru.TRAINING[peer](case.gru, case.x, case.grad)
+    except PeerMissingError as error:
         pytest.skip(str(error))
     assert case.check_gradients(peer, step) <= 1
     for wrong in range(len(step())):

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgru
+from fastgru import testing
 from fastgru.backends import gpu_table
 
 # D, causal, L, most wanted first. B L = 16384 and H D = 2048, as in the papers.
@@ -70,11 +71,10 @@ def breaks_the_rule(contender: str, D: int, causal: bool, dtype: torch.dtype) ->
     exact, plain = results(math_backend, torch.float64), results(math_backend, dtype)
     found = results(lambda *inputs: function(contender)(*inputs, is_causal=causal), dtype)
     for name, want, theirs, ours in zip(("output", "dq", "dk", "dv"), exact, plain, found, strict=True):
-        limit = (2 if name == "output" else 3) * (theirs - want).abs().max() + 4 * torch.finfo(
-            dtype
-        ).eps * want.abs().max()
-        if not (ours - want).abs().max() <= limit:
-            return f"breaks the numeric rule: {name} is off by {(ours - want).abs().max():.3g}, {limit:.3g} is allowed"
+        multiple = testing.MULTIPLE if name == "output" else 3
+        result = testing.compare(name, [(ours, theirs, want)], dtype, multiple=multiple)
+        if not result.ok:
+            return f"breaks the numeric rule: {result}"
     return None
 
 

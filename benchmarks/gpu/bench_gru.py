@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastgru
+from fastgru import testing
 from fastgru.backends import cuda
 
 # Name, backend, kernel of the recurrence. "cuda" is the one that the library chooses.
@@ -75,8 +76,8 @@ class Problem:
             self.input = pack_padded_sequence(x, lengths, enforce_sorted=False)
         with torch.no_grad():
             self.want = self._output(self.exact, self.input.to(torch.float64))
-            self.limit = 2 * (self._output(self.theirs, self.input).double() - self.want).abs().max().item()
-        self.limit += 4 * torch.finfo(dtype).eps * self.want.abs().max().item()
+            torch_error = (self._output(self.theirs, self.input).double() - self.want).abs().max().item()
+        self.limit = testing.error_limit(torch_error, self.want.abs().max().item(), dtype)
 
     @staticmethod
     def _output(module: Any, input: Any) -> Tensor:

@@ -25,7 +25,7 @@ import stage
 
 import fastgru
 from fastgru.backends import cuda
-from fastgru.testing import GruProblem, parity
+from fastgru.testing import GruProblem, failures, parity
 
 SMALL = """
 import torch, fastgru
@@ -98,7 +98,7 @@ def check_problems(record: stage.Record) -> bool:
                     continue
                 finally:
                     cuda.KERNELS.loop = ""
-                broken = [str(c) for c in found if not c.ok]
+                broken = failures(found)
                 fine &= not broken
                 record.add(check=what, ok=not broken, failed=broken)
     return fine

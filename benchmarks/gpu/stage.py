@@ -71,9 +71,7 @@ class Record:
         self.content: dict[str, Any] = {
             "schema": 1,
             "stage": stage,
-            "versions": {**_machine.versions(), "cudnn": torch.backends.cudnn.version()},
-            "commit": _machine.commit(),
-            "machine": _machine.machine(),
+            **_machine.origin(),
             "gpu": {
                 "name": properties.name,
                 "multiprocessors": properties.multi_processor_count,
@@ -82,6 +80,7 @@ class Record:
             "left_out": [],
             "entries": [],
         }
+        self.content["versions"]["cudnn"] = torch.backends.cudnn.version()
 
     def set(self, **values: Any) -> None:
         self.content.update(values)

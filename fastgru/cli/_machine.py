@@ -1,8 +1,10 @@
-"""What a stored number has to carry to mean something later: machine, versions, commit."""
+"""What a stored number has to carry to mean something later: machine, versions, commit, how the library was built."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -13,6 +15,15 @@ import torch
 
 import fastgru
 from fastgru import _lib
+
+
+def origin(*packages: str) -> dict[str, Any]:
+    """The head of every stored record: machine, versions, those of other ``packages`` among them, and commit."""
+    return {
+        "machine": machine(),
+        "versions": versions() | {name: installed(name) for name in packages},
+        "commit": commit(),
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -31,6 +42,7 @@ def machine() -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "cuda_devices": cuda_devices(),
         "why_no_direct_calls": _lib.direct_error,
+        "build": build(),
         "cuda_part": cuda_part(),
         "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
     }
@@ -65,6 +77,21 @@ def commit() -> str | None:
         return None
     head = git("rev-parse", "--short=12", "HEAD")
     return head and head + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def build() -> dict[str, str | None] | None:
+    """How the compiled library was built: ``compiler``, ``flags``, ``torch`` and ``commit``, as setup.py recorded them.
+
+    None without the library, or for one that holds no record.
+    """
+    if _lib.load_error is not None:
+        return None
+    record = getattr(ctypes.CDLL(str(_lib.LIBRARY_PATH)), "fastgru_build_record", None)
+    if record is None:
+        return None
+    record.restype = ctypes.c_char_p
+    found: dict[str, str | None] = json.loads(record())
+    return found
 
 
 def usable_isas() -> list[str]:

@@ -1,20 +1,19 @@
-"""``python -m fastgru bench``: nn.GRU against fastgru on the shapes you name."""
+"""``python -m fastgru bench``: times torch and fastgru on the shapes you name, family by family."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import fastgru
-from fastgru import testing
 from fastgru.cli import _machine
+from fastgru.cli._bench_attention import ATTENTION
+from fastgru.cli._bench_family import MODES, Family
+from fastgru.cli._bench_gru import GRU
 from fastgru.cli._common import (
     DTYPES,
     CommandError,
@@ -27,70 +26,20 @@ from fastgru.cli._common import (
     show_table,
     write_json,
 )
-from fastgru.cli._timing import latency, time_pair
 
-MODES = {"forward": "fwd", "forward + backward": "fwd+bwd"}
-
-
-def measure(problem: testing.GruProblem, budget: float) -> dict[str, Any]:
-    """Both directions of one problem, after its numbers have been checked; not timed if they are wrong."""
-    sizes = {"T": problem.T, "B": problem.B, "I": problem.I, "H": problem.H}
-    dtype = str(problem.dtype).removeprefix("torch.")
-    record: dict[str, Any] = {**sizes, "dtype": dtype, "broken": [], "times": {}, "latency_s": {}}
-    record["broken"] = [str(comparison) for comparison in testing.parity(problem) if not comparison.ok]
-    if record["broken"]:
-        return record
-
-    torch.manual_seed(problem.seed)
-    shape = (problem.I, problem.H, problem.num_layers)
-    options: dict[str, Any] = {
-        "bidirectional": problem.bidirectional,
-        "dtype": problem.dtype,
-        "device": problem.device,
-    }
-    baseline, candidate = nn.GRU(*shape, **options), fastgru.GRU(*shape, **options)
-    candidate.load_state_dict(baseline.state_dict())
-    like = baseline.weight_hh_l0
-    assert isinstance(like, Tensor)
-    input = torch.randn(problem.T, problem.B, problem.I).to(like)
-    with torch.inference_mode():
-        calls = (lambda: baseline(input), lambda: candidate(input))
-        time_both(record, "forward", calls, like.device, budget)
-    steps = (training_step(baseline, input), training_step(candidate, input))
-    time_both(record, "forward + backward", steps, like.device, budget)
-    return record
+FAMILIES = {"gru": GRU, "attention": ATTENTION}
 
 
-def time_both(
-    record: dict[str, Any],
-    mode: str,
-    calls: tuple[Callable[[], object], Callable[[], object]],
-    device: torch.device,
-    budget: float,
-) -> None:
-    """The ratio of nn.GRU and fastgru, from alternating rounds, and then how long single calls of each take."""
-    record["times"][mode] = time_pair(*calls, device=device, seconds=budget).summary()
-    record["latency_s"][mode] = {
-        name: latency(call, device=device, seconds=budget / 4)
-        for name, call in zip(("baseline", "candidate"), calls, strict=True)
-    }
+def measure(family: Family, problem: Any, budget: float, training: bool) -> dict[str, Any]:
+    """One problem; a backend that was asked for and does not take it is the user's to know.
 
-
-def training_step(module: nn.RNNBase, input: Tensor) -> Callable[[], object]:
-    """A callable that computes the gradients of input, initial state and all weights."""
-    directions = 2 if module.bidirectional else 1
-    x = input.clone().requires_grad_()
-    hx = input.new_zeros(module.num_layers * directions, input.size(1), module.hidden_size, requires_grad=True)
-    sources = [x, hx, *module.parameters()]
-    upstream = (
-        torch.randn(*input.shape[:2], directions * module.hidden_size).to(input),
-        torch.randn(hx.shape).to(input),
-    )
-    return lambda: torch.autograd.grad(module(x, hx), sources, upstream)
-
-
-SIZES = ("T", "B", "I", "H", "dtype")
-SETTINGS = ("layers", "bidirectional")
+    Raises:
+        CommandError: there is such a backend.
+    """
+    try:
+        return family.measure(problem, budget, training)
+    except fastgru.BackendUnavailable as error:
+        raise CommandError(str(error)) from None
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -109,17 +58,21 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[list[str]]:
-    """Rows of every measurement that both records hold: the speed-up over nn.GRU then and now, and their ratio.
+    """Rows of every measurement that both records hold: the speed-up over torch then and now, and their ratio.
 
-    Times of two runs differ by what else the machine did; a speed-up is taken against nn.GRU within the same run. It is
+    Times of two runs differ by what else the machine did; a speed-up is taken against torch within the same run. It is
     flagged where even the quartiles of the two do not meet.
     """
-    if any(old[name] != new[name] for name in SETTINGS):
+    # Records of before there were families are of the GRU.
+    if old.get("family", "gru") != new["family"]:
         return []
-    before = {tuple(result[name] for name in SIZES): result["times"] for result in old["results"]}
+    family = FAMILIES[new["family"]]
+    if any(old[name] != new[name] for name in family.settings):
+        return []
+    before = {(family.label(result), result["dtype"]): result["times"] for result in old["results"]}
     rows = []
     for result in new["results"]:
-        key = tuple(result[name] for name in SIZES)
+        key = (family.label(result), result["dtype"])
         for mode, now in result["times"].items():
             then = before.get(key, {}).get(mode)
             if then is None:
@@ -128,7 +81,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[list[str]]:
             flag = "slower" if high < 1 else "faster" if low > 1 else ""
             speedups = [f"{then['speedup']:.2f}x", f"{now['speedup']:.2f}x"]
             ratio = [f"{now['speedup'] / then['speedup']:.2f}", f"{low:.2f}-{high:.2f}"]
-            rows.append([",".join(str(part) for part in key[:4]), key[4], MODES[mode], *speedups, *ratio, flag])
+            rows.append([*key, MODES[mode], *speedups, *ratio, flag])
     return rows
 
 
@@ -139,9 +92,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    family = FAMILIES[record["family"]]
     results = [result for result in record["results"] if result["times"]]
+    modes = [mode for mode in MODES if results and mode in results[0]["times"]]
     figure, axis = plt.subplots(figsize=(8, 1.5 + 0.5 * len(results)), layout="constrained")
-    for offset, mode in ((-0.2, "forward"), (0.2, "forward + backward")):
+    for offset, mode in zip((-0.2, 0.2) if len(modes) == 2 else (0.0,), modes, strict=False):
         times = [result["times"][mode] for result in results]
         middle = [time["speedup"] for time in times]
         spread = [
@@ -151,13 +106,13 @@ def plot(record: dict[str, Any], path: Path) -> None:
         places = [row + offset for row in range(len(results))]
         bars = axis.barh(places, middle, 0.38, xerr=spread, label=mode, ecolor="0.4")
         axis.bar_label(bars, [f"{value:.2f}x" for value in middle], padding=6, fontsize=8)
-    labels = [f"{','.join(str(result[name]) for name in 'TBIH')} {result['dtype']}" for result in results]
+    labels = [f"{family.label(result)} {result['dtype']}" for result in results]
     axis.set_yticks(range(len(results)), labels)
-    axis.set_ylabel("T,B,I,H")
+    axis.set_ylabel(",".join(family.sizes))
     axis.invert_yaxis()
     axis.axvline(1, color="0.3", linewidth=1)
     axis.margins(x=0.15)
-    axis.set_xlabel("times as fast as torch.nn.GRU")
+    axis.set_xlabel(f"times as fast as {family.baseline}")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     figure.savefig(path, dpi=140)
@@ -172,24 +127,12 @@ def run(args: argparse.Namespace) -> int:
         if path:
             check_writable(path)
     old = read_record(args.compare) if args.compare else None
+    family = FAMILIES[args.family]
+    complete(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     backends = {name: backend_name(args.device, DTYPES[name]) for name in args.dtype}
-    grid = itertools.product(args.dtype, args.seq, args.batch, args.input, args.hidden)
-    problems = [
-        testing.GruProblem(
-            T=seq,
-            B=batch,
-            I=width,
-            H=hidden,
-            num_layers=args.layers,
-            bidirectional=args.bidirectional,
-            hx=False,
-            dtype=DTYPES[dtype],
-            device=str(args.device),
-        )
-        for dtype, seq, batch, width, hidden in grid
-    ]
+    problems = family.problems(args)
     machine = _machine.machine()
     results = []
     # Drawn between the measurements: a thread that draws would take its time from them.
@@ -197,46 +140,21 @@ def run(args: argparse.Namespace) -> int:
         task = progress.add_task("Timing", total=len(problems))
         progress.refresh()
         for problem in problems:
-            results.append(measure(problem, args.seconds))
+            results.append(measure(family, problem, args.seconds, args.training))
             progress.update(task, advance=1, refresh=True)
-    rows = []
-    for result in results:
-        sizes = [",".join(str(result[name]) for name in "TBIH"), result["dtype"]]
-        if result["broken"]:
-            rows.append([*sizes, "not timed: wrong", *[""] * 6])
-        for name, times in result["times"].items():
-            rows.append(
-                [
-                    *sizes,
-                    MODES[name],
-                    f"{times['baseline_s'] * 1e3:.3g}",
-                    f"{times['candidate_s'] * 1e3:.3g}",
-                    f"{times['speedup']:.2f}x",
-                    f"{times['speedup_q1']:.2f}-{times['speedup_q3']:.2f}",
-                    *(_tail(result["latency_s"][name][who]) for who in ("baseline", "candidate")),
-                ]
-            )
-    layers = f"{args.layers} layer(s){', bidirectional' if args.bidirectional else ''}"
-    show_table(
-        f"torch.nn.GRU against fastgru ({', '.join(sorted(set(backends.values())))}), {layers}, "
-        f"{_place(args.device, machine)}; ms per call",
-        ["T,B,I,H", "dtype", "", "nn.GRU", "fastgru", "speed-up", "quartiles", "nn.GRU p90/p99", "fastgru p90/p99"],
-        rows,
-        right=(0, 3, 4, 5, 6, 7, 8),
-    )
+    show(args, family, results, f"({', '.join(sorted(set(backends.values())))})", machine)
     broken = [(result, line) for result in results for line in result["broken"]]
     for result, line in broken:
-        print(f"T={result['T']} B={result['B']} I={result['I']} H={result['H']} {result['dtype']}: {line}")
+        print(" ".join(f"{name}={result[name]}" for name in family.sizes), f"{result['dtype']}: {line}")
     record = {
         "schema": 1,
         "command": "bench",
+        "family": args.family,
+        **_machine.origin(),
         "machine": machine,
-        "versions": _machine.versions(),
-        "commit": _machine.commit(),
         "device": str(args.device),
         "backends": backends,
-        "layers": args.layers,
-        "bidirectional": args.bidirectional,
+        **{name: getattr(args, name) for name in family.settings},
         "results": results,
     }
     if args.json:
@@ -244,13 +162,66 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         plot(record, args.plot)
     if old is not None:
-        columns = ["T,B,I,H", "dtype", "", "then", "now", "ratio", "spread", ""]
+        columns = [",".join(family.sizes), "dtype", "", "then", "now", "ratio", "spread", ""]
         compared = compare(old, record)
         if compared:
-            show_table(f"Speed-up over nn.GRU, beside {args.compare}", columns, compared, right=(0, 3, 4, 5, 6))
+            show_table(f"Speed-up over {family.short}, beside {args.compare}", columns, compared, right=(0, 3, 4, 5, 6))
         else:
             print(f"{args.compare} holds none of these problems: nothing to compare")
     return 1 if broken else 0
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Give the options of the family that were not given their defaults.
+
+    Raises:
+        CommandError: an option of another family was given.
+    """
+    known = FAMILIES[args.family].defaults
+    for name in sorted({name for family in FAMILIES.values() for name in family.defaults}):
+        if name not in known and hasattr(args, name):
+            raise CommandError(f"--{name.replace('_', '-')} is no option of --family {args.family}")
+    for name, value in known.items():
+        if not hasattr(args, name):
+            setattr(args, name, value)
+
+
+def show(
+    args: argparse.Namespace, family: Family, results: list[dict[str, Any]], backends: str, machine: dict[str, Any]
+) -> None:
+    """Print the results as a table: a row for each mode, and for each backend of torch's where there are several."""
+    several = any("peers" in result for result in results)
+    rows = []
+    for result in results:
+        sizes = [family.label(result), result["dtype"]]
+        if result["broken"]:
+            rows.append([*sizes, "not timed: wrong", *[""] * (7 if several else 6)])
+        for mode, best in result["times"].items():
+            for peer, times in result.get("peers", {}).get(mode, {"": best}).items():
+                # Single calls are timed against the fastest.
+                fastest = peer == best.get("peer", "")
+                tails = [_tail(result["latency_s"][mode][who]) for who in ("baseline", "candidate")]
+                rows.append(
+                    [
+                        *sizes,
+                        MODES[mode],
+                        *([peer] if several else []),
+                        f"{times['baseline_s'] * 1e3:.3g}",
+                        f"{times['candidate_s'] * 1e3:.3g}",
+                        f"{times['speedup']:.2f}x",
+                        f"{times['speedup_q1']:.2f}-{times['speedup_q3']:.2f}",
+                        *(tails if fastest else ["", ""]),
+                    ]
+                )
+    columns = [",".join(family.sizes), "dtype", "", *(["torch's"] if several else []), family.short, "fastgru"]
+    columns += ["speed-up", "quartiles", f"{family.short} p90/p99", "fastgru p90/p99"]
+    show_table(
+        f"{family.baseline} against fastgru {backends}, {family.describe(args)}, "
+        f"{_place(args.device, machine)}; ms per call",
+        columns,
+        rows,
+        right=(0, *range(4 if several else 3, len(columns))),
+    )
 
 
 def _tail(latency: dict[str, float]) -> str:
@@ -267,19 +238,41 @@ def _place(place: torch.device, machine: dict[str, Any]) -> str:
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "bench",
-        help="time nn.GRU against fastgru on the shapes you name",
-        description="Time torch.nn.GRU and fastgru side by side, in alternating rounds in one process: forward in "
-        "inference mode, and forward with backward (gradients of input, initial state and weights). Every combination "
-        "of the sizes given is run. Numbers are checked first; a problem that fails is not timed.",
+        help="time torch against fastgru on the shapes you name",
+        description="Time torch.nn.GRU, or each backend of torch's scaled_dot_product_attention, and fastgru side by "
+        "side, in alternating rounds in one process: forward in inference mode, and forward with backward (all "
+        "gradients). Every combination of the sizes given is run. Numbers are checked first; a problem that fails is "
+        "not timed.",
         epilog="Needs the 'demo' extra: pip install 'fastgru[demo]'. Exit code 1 if numbers are wrong.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--hidden", type=positive, nargs="+", default=[128, 256], metavar="H", help="hidden units")
-    parser.add_argument("--input", type=positive, nargs="+", default=[128], metavar="I", help="input features")
-    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8], metavar="B", help="sequences")
-    parser.add_argument("--seq", type=positive, nargs="+", default=[64], metavar="T", help="steps")
-    parser.add_argument("--layers", type=positive, default=1, metavar="L", help="layers")
-    parser.add_argument("--bidirectional", action="store_true", help="both directions")
+    parser.add_argument("--family", choices=list(FAMILIES), default="gru", help="what to time")
+
+    def add(group: argparse._ArgumentGroup, name: str, metavar: str, text: str, *, one: bool = False) -> None:
+        # Which defaults apply depends on the family: complete().
+        nargs = None if one else "+"
+        group.add_argument(name, type=positive, nargs=nargs, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+    sizes = parser.add_argument_group("sizes")
+    add(sizes, "--batch", "B", "sequences (default: 1 8)")
+    add(sizes, "--seq", "T", "steps, or queries (default: 64 steps, 512 queries)")
+    gru = parser.add_argument_group("sizes of --family gru")
+    add(gru, "--hidden", "H", "hidden units (default: 128 256)")
+    add(gru, "--input", "I", "input features (default: 128)")
+    add(gru, "--layers", "L", "layers (default: 1)", one=True)
+    gru.add_argument("--bidirectional", action="store_true", default=argparse.SUPPRESS, help="both directions")
+    attention = parser.add_argument_group("sizes of --family attention")
+    add(attention, "--heads", "H", "heads of the queries (default: 8)")
+    add(attention, "--kv-heads", "H", "heads of keys and values (default: as many)", one=True)
+    add(attention, "--keys", "L", "keys (default: as many as queries)")
+    add(attention, "--dim", "D", "columns of a head (default: 64)")
+    attention.add_argument("--causal", action="store_true", default=argparse.SUPPRESS, help="a query sees no later key")
+    attention.add_argument(
+        "--training",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="backward, too (the GRU's always is timed)",
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=["float32"], help="dtypes")
     parser.add_argument(
         "--threads", type=positive, default=None, metavar="N", help="CPU threads; torch's own choice if not given"

@@ -80,6 +80,7 @@ def show(record: dict[str, Any]) -> None:
         ["instruction set", _instruction_set(machine)],
         ["small calls", _small_calls(machine["why_no_direct_calls"])],
         ["CUDA devices", ", ".join(machine["cuda_devices"]) or "none"],
+        ["compiled library", _build(machine["build"])],
         ["CUDA part", _cuda_part(machine["cuda_part"])],
         ["system", machine["system"]],
     ]
@@ -109,6 +110,13 @@ def _instruction_set(machine: dict[str, Any]) -> str:
 
 def _small_calls(why_not: str | None) -> str:
     return "without torch's dispatcher" if why_not is None else f"through torch's dispatcher: {why_not}"
+
+
+def _build(build: dict[str, str | None] | None) -> str:
+    if build is None:
+        return "none, or without a record of its build"
+    commit = f"commit {build['commit']}" if build["commit"] else "not from a repository"
+    return f"built by {build['compiler']} {build['flags']}, with torch {build['torch']}, {commit}"
 
 
 def _cuda_part(part: dict[str, Any] | None) -> str:

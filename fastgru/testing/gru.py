@@ -1,18 +1,8 @@
-"""The numeric rule and problem generators, for tests, benchmarks and users who want to check their own machine.
-
-The rule: against nn.GRU in float64 on the same (rounded) numbers, our largest error is at most twice the largest error
-of nn.GRU in the problem's dtype, plus a floor of 4 eps times the largest reference value. In float64 nothing more exact
-is at hand: nn.GRU's error is then taken from float32, scaled by the ratio of the epsilons, and counts once more, for
-the reference itself. "Largest" is over the tensor and, where that holds a few numbers only, over several draws of the
-problem: one number's rounding is luck.
-"""
+"""GRU problems, and the rule applied to them: outputs and every gradient against nn.GRU in float64."""
 
 from __future__ import annotations
 
-import itertools
-import random
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +10,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastgru.nn import GRU
 from fastgru.nn.gru import TorchGRU
+from fastgru.testing.rule import Comparison, compare, failures
 
-_FLOOR = 4.0
 # Draws times H that a problem gets, at the least.
 _SAMPLE = 24
 
@@ -50,24 +40,6 @@ class GruProblem:
         return "-".join([sizes, *flags, str(self.dtype).removeprefix("torch.")])
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One tensor under the rule."""
-
-    name: str
-    error: float
-    limit: float
-    torch_error: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.limit  # False for NaN
-
-    def __str__(self) -> str:
-        verdict = "ok" if self.ok else "FAILED"
-        return f"{self.name}: error {self.error:.3g}, limit {self.limit:.3g}, nn.GRU {self.torch_error:.3g}: {verdict}"
-
-
 def parity(problem: GruProblem, save_gates: bool = True, draws: int | None = None) -> list[Comparison]:
     """Outputs and every gradient of :class:`fastgru.GRU`, on the backend in use, under the rule.
 
@@ -78,7 +50,7 @@ def parity(problem: GruProblem, save_gates: bool = True, draws: int | None = Non
     """
     count = max(1, _SAMPLE // problem.H) if draws is None else draws
     found = [_draw(problem, problem.seed + 1000 * i, save_gates) for i in range(count)]
-    return [_compare(name, [draw[name] for draw in found], problem.dtype) for name in found[0]]
+    return [compare(name, [draw[name] for draw in found], problem.dtype) for name in found[0]]
 
 
 def _draw(problem: GruProblem, seed: int, save_gates: bool) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -122,7 +94,7 @@ def _draw(problem: GruProblem, seed: int, save_gates: bool) -> dict[str, tuple[T
 
 def assert_parity(problem: GruProblem, save_gates: bool = True) -> None:
     """Raises AssertionError that lists every tensor of :func:`parity` which breaks the rule."""
-    broken = [str(comparison) for comparison in parity(problem, save_gates) if not comparison.ok]
+    broken = failures(parity(problem, save_gates))
     if broken:
         raise AssertionError(f"{problem}:\n  " + "\n  ".join(broken))
 
@@ -167,38 +139,3 @@ def _run(
     grads = torch.autograd.grad((output, h_n), list(wanted.values()), (grad_output.to(like), grad_h_n.to(like)))
     tensors = {"output": output, "h_n": h_n, **{f"grad of {name}": g for name, g in zip(wanted, grads, strict=True)}}
     return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in tensors.items()}
-
-
-def _compare(name: str, draws: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> Comparison:
-    for ours, theirs, reference in draws:
-        assert ours.shape == theirs.shape == reference.shape, name
-    # Packed problems differ in shape from draw to draw.
-    ours, theirs, reference = (torch.cat([t.flatten() for t in tensors]) for tensors in zip(*draws, strict=True))
-    if reference.numel() == 0:
-        return Comparison(name, 0.0, 0.0, 0.0)
-    eps = torch.finfo(dtype).eps
-    torch_error = (theirs - reference).abs().max().item()
-    multiple = 2
-    if dtype == torch.float64:
-        torch_error *= eps / torch.finfo(torch.float32).eps
-        multiple = 3
-    limit = multiple * torch_error + _FLOOR * eps * reference.abs().max().item()
-    return Comparison(name, (ours - reference).abs().max().item(), limit, torch_error)
-
-
-def pairwise(factors: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Few combinations in which every pair of values of two factors occurs: greedy, from random candidates."""
-    rng = random.Random(0)
-
-    def pairs(case: dict[str, Any]) -> set[tuple[tuple[str, Any], ...]]:
-        return set(itertools.combinations(case.items(), 2))
-
-    missing = {((a, x), (b, y)) for a, b in itertools.combinations(factors, 2) for x in factors[a] for y in factors[b]}
-    chosen = []
-    while missing:
-        (a, x), (b, y) = min(missing, key=str)
-        candidates = [{name: rng.choice(values) for name, values in factors.items()} | {a: x, b: y} for _ in range(50)]
-        best = max(candidates, key=lambda case: len(pairs(case) & missing))
-        missing -= pairs(best)
-        chosen.append(best)
-    return chosen
