@@ -13,7 +13,7 @@ namespace FASTGRU_ISA {
 #include FASTGRU_SIMD
 #include "../simd/common.inl.h"
 #include "../simd/math.inl.h"
-#include "../simd/reduce.inl.h"
+#include "../simd/permute.inl.h"
 #include "../gemm/tile.inl.h"
 #include "../gemm/panel.inl.h"
 #include "../gemm/pack.inl.h"

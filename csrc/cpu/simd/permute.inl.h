@@ -1,4 +1,4 @@
-// Selections, exchanges and sums of lanes, in terms of compiler vectors alone.
+// Selections and exchanges of lanes, and the transposition and sums made of them, on compiler vectors alone.
 
 // The first n lanes of v; zero in the others, whatever they held.
 template <class C>
