@@ -21,7 +21,7 @@ PYTHON = Path("csrc/python")
 SOURCES = [path for path in sorted(Path("csrc").rglob("*.cpp")) if not {CUDA, PYTHON} & {*path.parents}]
 CUDA_SOURCES = sorted(CUDA.rglob("*.cpp"))
 KERNELS = sorted(CUDA.rglob("*.cu"))
-HEADERS = [str(path) for pattern in ("*.h", "*.inc", "*.cuh") for path in sorted(Path("csrc").rglob(pattern))]
+HEADERS = [str(path) for pattern in ("*.h", "*.cuh") for path in sorted(Path("csrc").rglob(pattern))]
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 COMPILE_ARGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi"]
 # By the CUDA version from which on they are known, newest first.

@@ -98,7 +98,7 @@ def variables_that_are_read() -> set[str]:
         *(p for d in ("fastgru", "csrc", "tests", "kernels") for p in (ROOT / d).rglob("*.*")),
     ]
     for path in sources:
-        if path.suffix in (".py", ".cpp", ".cu", ".h", ".inc"):
+        if path.suffix in (".py", ".cpp", ".cu", ".h"):
             read |= set(re.findall(r'(?:environ(?:\.get\(|\[)|getenv\()\s*"(\w+)"', path.read_text()))
     return read | set(info.VARIABLES)
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE_SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h", ".inc", ".md", ".typed", ".json", ".cubin")
+SOURCE_SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h", ".md", ".typed", ".json", ".cubin")
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:

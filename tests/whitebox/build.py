@@ -31,7 +31,7 @@ def _build(directory: Path) -> Path:
     import pybind11
 
     target = directory / f"_whitebox{sysconfig.get_config_var('EXT_SUFFIX')}"
-    newest = max(p.stat().st_mtime for p in [*SOURCES, *CSRC.glob("cpu/**/*.h"), *CSRC.glob("cpu/**/*.inc")])
+    newest = max(p.stat().st_mtime for p in [*SOURCES, *CSRC.glob("cpu/**/*.h")])
     if target.exists() and target.stat().st_mtime > newest:
         return target
     compiler = os.environ.get("CXX", "g++")

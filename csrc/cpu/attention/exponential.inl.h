@@ -1,4 +1,4 @@
-// Exponential of softmax, to the precision of the storage type. Included after math.inc and simd/reduce.inl.h.
+// Exponential of softmax, to the precision of the storage type. Included after simd/math.inl.h and simd/reduce.inl.h.
 
 // e^x as of(log_e x): 2^y where computed in float, e^y in double. -infinity gives 0, NaN gives NaN.
 // Domain: y up to kSlack of online_softmax.inl.h plus rounding. Results below 2^-126 differ between instruction sets.

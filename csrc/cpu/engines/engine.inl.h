@@ -13,6 +13,7 @@ namespace FASTGRU_ISA {
 #include FASTGRU_SIMD
 #include "../simd/common.inl.h"
 #include "../simd/math.inl.h"
+#include "../simd/permute.inl.h"
 #include "../simd/reduce.inl.h"
 #include "../gemm/tile.inl.h"
 #include "../gemm/panel.inl.h"
