@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgru
 from fastgru import flash_attn
-from fastgru.ops.attention_schema import ATTENTION_OPS
+from fastgru.ops.attention.schema import ATTENTION_OPS
 
 NAN = float("nan")
 
@@ -389,7 +389,7 @@ def test_autocast(backend: str) -> None:
 
 def test_a_backend_without_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(ATTENTION_OPS, "cpu")
-    monkeypatch.setattr("fastgru.ops.attention._warned", set())
+    monkeypatch.setattr("fastgru.ops.attention.api._warned", set())
     if fastgru.explain().count("cpu: chosen"):
         with pytest.warns(RuntimeWarning, match="'cpu' has no attention"):
             fastgru.flash_attention(*qkv(), return_lse=True)
@@ -427,7 +427,7 @@ PLAIN: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.skipif(fastgru._lib.load_error is not None, reason="they are the C++ library's")
+@pytest.mark.skipif(fastgru._library.load_error is not None, reason="they are the C++ library's")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [options for _, options in PLAIN], ids=[name for name, _ in PLAIN])
 def test_few_arguments_compute_the_same(options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -448,7 +448,7 @@ def test_few_arguments_compute_the_same(options: dict[str, Any], dtype: torch.dt
         assert torch.equal(a, b) and a.stride() == b.stride()
 
 
-@pytest.mark.skipif(fastgru._lib.load_error is not None, reason="they are the C++ library's")
+@pytest.mark.skipif(fastgru._library.load_error is not None, reason="they are the C++ library's")
 def test_few_arguments_where_nothing_else_is_asked_for() -> None:
     tensors = qkv()
 
@@ -479,7 +479,7 @@ def test_few_arguments_where_nothing_else_is_asked_for() -> None:
 # ---- memory ----
 
 
-@pytest.mark.skipif(fastgru._lib.load_error is not None, reason="the reference backend has its own test")
+@pytest.mark.skipif(fastgru._library.load_error is not None, reason="the reference backend has its own test")
 def test_memory_is_linear_in_the_lengths() -> None:
     peaks = []
     for length in (2000, 8000):

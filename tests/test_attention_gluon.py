@@ -27,9 +27,12 @@ import torch
 from torch import Tensor
 
 import fastgru
-from fastgru.backends import gluon, gpu_table, reference_attention, registry, triton_attention
-from fastgru.backends.reference_attention import Attention
-from fastgru.ops.attention_schema import ATTENTION_OPS
+from fastgru.backends import measured, registry
+from fastgru.ops.attention import arguments, gluon
+from fastgru.ops.attention import reference as reference_attention
+from fastgru.ops.attention import triton as triton_attention
+from fastgru.ops.attention.arguments import Attention
+from fastgru.ops.attention.schema import ATTENTION_OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = runpy.run_path(str(ROOT / "tools" / "build_cubins.py"))
@@ -83,7 +86,7 @@ def test_key_blocks_against_every_pair(common: Any) -> None:
 def attention(a: Attention, kernel: Any, programs: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Output, lse and statistics, by the kernel's source, launched as the backend launches it."""
     variant = VARIANTS[gluon._name(a)]
-    output = torch.full_like(reference_attention.empty_like_layout(a.query, a.value.size(3)), math.nan)
+    output = torch.full_like(arguments.empty_like_layout(a.query, a.value.size(3)), math.nan)
     lse, statistics = (torch.full(shape, math.nan) for shape in (a.query.shape[:3], (2, *a.query.shape[:3])))
     emulator.launch_variant(variant, kernel, gluon.arguments_of(a, output, lse, statistics), programs, seed=seed)
     return output, lse, statistics
@@ -151,7 +154,7 @@ def test_like_the_reference(name: str, columns: int, forward: Any) -> None:
     torch.testing.assert_close(statistics.double(), want_statistics, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.skipif(gluon._available() is not None, reason="needs a Hopper GPU and the kernels of a CUDA wheel")
+@pytest.mark.skipif(gluon.backend._available() is not None, reason="needs a Hopper GPU and the kernels of a CUDA wheel")
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("name", CASES)
 def test_on_the_gpu_as_emulated(name: str, columns: int, forward: Any) -> None:
@@ -476,7 +479,7 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         monkeypatch.setattr(gluon, "TABLE", path)
         gluon._measured.cache_clear()
 
-    monkeypatch.setattr(gpu_table, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(measured, "architecture", lambda device: "sm_90")
     yield write
     gluon._measured.cache_clear()
 

@@ -18,10 +18,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgru
-from fastgru.backends import gluon, reference_attention, registry, triton_attention
-from fastgru.backends.reference_attention import Attention
-from fastgru.ops import attention
-from fastgru.ops.attention_schema import ATTENTION_OPS
+from fastgru.backends import registry
+from fastgru.ops.attention import api as attention
+from fastgru.ops.attention import gluon
+from fastgru.ops.attention import reference as reference_attention
+from fastgru.ops.attention import triton as triton_attention
+from fastgru.ops.attention.arguments import Attention
+from fastgru.ops.attention.schema import ATTENTION_OPS
 
 SOURCES = ("attn_sm90_common", "attn_sm90_bwd")
 
@@ -176,7 +179,7 @@ def test_equal_scores(D: int, kernels: Any, forward: Any) -> None:
     assert not found[0].any() and not found[1].any()
 
 
-@pytest.mark.skipif(gluon._available() is not None, reason="needs a Hopper GPU and the kernels of a CUDA wheel")
+@pytest.mark.skipif(gluon.backend._available() is not None, reason="needs a Hopper GPU and the kernels of a CUDA wheel")
 @pytest.mark.parametrize("name", CASES)
 def test_on_the_gpu_as_emulated(name: str, kernels: Any) -> None:
     torch.manual_seed(0)
@@ -492,13 +495,15 @@ def test_what_runs_backward(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_explain_tells_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gluon, "manifest", lambda: dict.fromkeys(VARIANTS))
-    everywhere = registry.Backend("gluon", ("cpu",), 55, lambda: None, lambda *_: None, None, None, True, gluon.covers)
+    monkeypatch.setattr(gluon.backend, "manifest", lambda: dict.fromkeys(VARIANTS))
+    everywhere = registry.Backend(
+        "gluon", ("cpu",), 55, lambda: None, lambda *_: None, None, None, True, gluon.backend.covers
+    )
     monkeypatch.setitem(registry._backends, "gluon", everywhere)
     with fastgru.use_backend("auto"):
         found = fastgru.explain(dtype=torch.bfloat16)
     assert "forward and backward with D = 64, 128, 256" in found
-    assert "backward with D = none" in gluon.covers(torch.float32)
+    assert "backward with D = none" in gluon.backend.covers(torch.float32)
     # Whatever has a kernel forward has those of the way back.
     for name in VARIANTS:
         _, _, rest = name.partition("forward_")

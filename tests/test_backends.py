@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastgru
-from fastgru import _lib
+from fastgru import _library
 from fastgru.backends import registry
 
 
@@ -154,8 +154,8 @@ def test_unknown_instruction_set(backend: str) -> None:
 
 
 def test_auto_does_not_warn_when_the_best_runs() -> None:
-    if _lib.load_error is not None:
-        pytest.skip(_lib.load_error)
+    if _library.load_error is not None:
+        pytest.skip(_library.load_error)
     with warnings.catch_warnings(), fastgru.use_backend("auto"):
         warnings.simplefilter("error")
         assert registry.select("cpu", torch.float32).name == "cpu"

@@ -141,6 +141,6 @@ def test_backward_passes_are_right_or_refused() -> None:
     torch.testing.assert_close(graph(q, k), gradients(q, k))
 
     rnn, x = fastgru.GRU(3, 4).requires_grad_(False), torch.randn(5, 2, 3, requires_grad=True)
-    for backend in ("reference", "cpu") if fastgru._lib.load_error is None else ("reference",):
+    for backend in ("reference", "cpu") if fastgru._library.load_error is None else ("reference",):
         with fastgru.use_backend(backend), pytest.raises(RuntimeError):
             make_fx(lambda x: torch.autograd.grad(rnn(x)[0].sum(), x), decomposition_table=fastgru.decompositions())(x)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from fastgru import _lib
+from fastgru import _library
 from fastgru.backends import registry
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _available() -> str | None:
-    return _lib.load_error
+    return _library.load_error
 
 
 def _supports(device: str, dtype: torch.dtype) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import fastgru
-from fastgru import _lib
+from fastgru import _library
 
 
 def machine() -> dict[str, Any]:
@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
         "usable_isas": usable_isas(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "cuda_devices": cuda_devices(),
-        "why_no_direct_calls": _lib.direct_error,
+        "why_no_direct_calls": _library.direct_error,
         "cuda_part": cuda_part(),
         "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
     }
@@ -69,7 +69,7 @@ def commit() -> str | None:
 
 def usable_isas() -> list[str]:
     """Instruction-set variants of the C++ backend that this CPU runs, best first; empty without the extension."""
-    return torch.ops.fastgru.cpu_isas().split(",") if _lib.load_error is None else []
+    return torch.ops.fastgru.cpu_isas().split(",") if _library.load_error is None else []
 
 
 def current_isa() -> str | None:
@@ -78,7 +78,7 @@ def current_isa() -> str | None:
     Raises:
         ValueError: ``FASTGRU_CPU_ISA`` names one that is unknown or does not run here.
     """
-    if _lib.load_error is not None:
+    if _library.load_error is not None:
         return None
     try:
         return str(torch.ops.fastgru.cpu_isa())

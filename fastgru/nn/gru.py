@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastgru import ops
 from fastgru._torch_private import takes_per_sample_gradients
-from fastgru.nn.scripting import torch_twin
-from fastgru.ops import direct
-from fastgru.ops.segments import Segments, batch_states, cut, segment_states
+from fastgru.nn.torch_tools import torch_twin
+from fastgru.ops.gru import eager
+from fastgru.ops.gru.segments import Segments, batch_states, cut, segment_states
 
 # torch's own, whatever the names in torch.nn stand for later (see fastgru.patch).
 TorchGRU, TorchGRUCell = nn.GRU, nn.GRUCell
@@ -164,7 +164,7 @@ class GRU(nn.RNNBase):
         if lengths is not None or reset_mask is not None:
             return self._forward_padded(input, hx, lengths, reset_mask)
         if type(input) is Tensor and not (self.training and self.dropout) and not torch.compiler.is_compiling():
-            result = direct.gru(self.__dict__, input, hx, self.save_gates)
+            result = eager.gru(self.__dict__, input, hx, self.save_gates)
             if result is not None:
                 return result
         # All that is not a plain tensor, and first the Tensor subclasses that are none of these.
@@ -348,7 +348,7 @@ class GRUCell(nn.GRUCell):
         if type(input) is not Tensor and isinstance(input, Proxy):
             return _fx_leaf(self, input, hx)
         if hx is not None and not torch.compiler.is_compiling():
-            state = direct.gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+            state = eager.gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
             if state is not None:
                 return state
         if input.dim() not in (1, 2):

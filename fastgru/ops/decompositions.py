@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgru.backends import reference_additive, reference_attention
-from fastgru.ops.attention_schema import ATTENTION_OPS
-from fastgru.ops.schema import GRU_OPS
+from fastgru.ops.additive.reference import additive_differentiable
+from fastgru.ops.attention.reference import attention_differentiable
+from fastgru.ops.attention.schema import ATTENTION_OPS
+from fastgru.ops.gru.schema import GRU_OPS
 
 
 def _gru_infer(input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tensor | None) -> Any:
@@ -42,10 +43,10 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     and so do ``lengths``, resets and backward passes.
     """
     table: dict[torch._ops.OpOverload, Callable[..., Any]] = {
-        torch.ops.fastgru.additive_attention.default: reference_additive.additive_differentiable,
+        torch.ops.fastgru.additive_attention.default: additive_differentiable,
     }
     for gru in GRU_OPS.values():
         table |= {gru.infer: _gru_infer, gru.train: _gru_train}
     for attention in ATTENTION_OPS.values():
-        table[attention.forward] = reference_attention.attention_differentiable
+        table[attention.forward] = attention_differentiable
     return table

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from fastgru.ops.attention_schema import ATTENTION_OPS, PLAIN_OPS
-from fastgru.ops.schema import GRU_OPS
+from fastgru.ops.attention.schema import ATTENTION_OPS, PLAIN_OPS
+from fastgru.ops.gru.schema import GRU_OPS
 
 _COUNTER = "torch.utils.flop_counter"
 

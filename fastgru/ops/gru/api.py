@@ -12,9 +12,11 @@ from torch.overrides import has_torch_function
 from fastgru import _torch_private
 from fastgru._torch_private import forward_mode, takes_per_sample_gradients
 from fastgru.backends import registry
-from fastgru.backends.reference import gru_differentiable
-from fastgru.ops.onnx import gru_node
-from fastgru.ops.schema import EAGER_FUNCTIONS, GRU_OPS, TrainFunction, call
+from fastgru.ops.gru.eager import EAGER_FUNCTIONS, TrainFunction
+from fastgru.ops.gru.onnx import gru_node
+from fastgru.ops.gru.reference import gru_differentiable
+from fastgru.ops.gru.schema import GRU_OPS
+from fastgru.ops.library import call
 
 # The names ATen prints, which nn.GRU's messages contain.
 _ATEN_NAMES = {

@@ -12,10 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastgru.backends.reference import check_weights, gate_stride, outside_autocast, step_sizes, without_gaps
-
-#: What they compute in, apart from float64.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from fastgru.ops.gru.reference import check_weights, gate_stride, step_sizes, without_gaps
+from fastgru.ops.numerics import outside_autocast
 
 
 def tf32() -> bool:
@@ -103,7 +101,7 @@ class Kernels(Protocol):
 
 
 class Operators:
-    """The operators of a backend; arguments and results as ``fastgru.ops.schema`` has them.
+    """The operators of a backend; arguments and results as ``fastgru.ops.gru.schema`` has them.
 
     All of them raise RuntimeError where batch_sizes do not describe the packed input.
     """

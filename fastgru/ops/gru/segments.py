@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastgru import _torch_private
-from fastgru.ops.onnx import WHOLE_BATCHES_ONLY
-from fastgru.ops.schema import LIBRARY
+from fastgru.ops.gru.onnx import WHOLE_BATCHES_ONLY
+from fastgru.ops.library import LIBRARY
 
 
 class Segments(NamedTuple):

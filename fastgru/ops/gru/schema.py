@@ -18,19 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgru import _lib, _torch_private
-from fastgru.backends import cuda, cudnn, reference, triton
-
-LIBRARY = torch.library.Library("fastgru", "DEF")
+from fastgru.backends.triton import INTERPRETED
+from fastgru.ops.gru import cuda, cudnn, reference, triton
+from fastgru.ops.library import LIBRARY, call, gradients
 
 _LAYER = (
     "Tensor input, Tensor hx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
     "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, Tensor? batch_sizes"
 )
 
-
 # In the place of an operator's arguments that are left out.
-_NO_TENSORS = (None,) * 11
+NO_TENSORS = (None,) * 11
 
 
 class GruOps(NamedTuple):
@@ -86,7 +84,7 @@ def _save_train(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tenso
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
     ctx.version = output[0]._version
-    ctx.save_for_backward(*_own_state(ctx.needs_input_grad, inputs), *inputs, output[0], output[2])
+    ctx.save_for_backward(*own_state(ctx.needs_input_grad, inputs), *inputs, output[0], output[2])
 
 
 def _save_infer(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -95,7 +93,7 @@ def _save_infer(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tenso
     ctx.save_for_backward(*inputs, output[0])
 
 
-def _own_state(need: tuple[bool, ...], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+def own_state(need: tuple[bool, ...], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     """A copy of hx where no recurrent weight needs a gradient: nn.GRU does not keep hx then, and it may be overwritten,
     but the kernels read it."""
     hx = inputs[1]
@@ -129,7 +127,7 @@ def _unpack_unread(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _despite_overwriting(
+def despite_overwriting(
     ctx: Any, ops: GruOps, need: Sequence[bool], gates: bool, error: RuntimeError
 ) -> tuple[Tensor | None, ...]:
     """``ctx.saved_tensors`` where that raised ``error``, if what was overwritten is what nn.GRU on a CPU lets one
@@ -165,7 +163,7 @@ def _despite_overwriting(
         output.tensor = None  # until there is the right one
         inputs = tensors[first:at]
         with torch.no_grad():
-            tensors[at] = output.tensor = call(ops.infer, *inputs, *_NO_TENSORS[len(inputs) :])[0]
+            tensors[at] = output.tensor = call(ops.infer, *inputs, *NO_TENSORS[len(inputs) :])[0]
     return tuple(tensors)
 
 
@@ -175,23 +173,7 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*inputs[:-4])
 
 
-def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
-    """Calls an operator. With no gradient to record it goes below autograd, whose way through Python is longer than a
-    step of a small GRU; in inference mode torch does so itself."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return op(*arguments)
-    with _torch_private.below_autograd():
-        return op(*arguments)
-
-
-def _may_be_direct(ops: GruOps, inputs: Sequence[Tensor | None]) -> bool:
-    """Whether these are the inputs of one dense layer in one direction on the backend ``cpu``."""
-    # Not in a frame that Dynamo traces, as it does those below a break of its graph.
-    plain = len(inputs) == 6 and ops is GRU_OPS["cpu"] and not torch.compiler.is_compiling()
-    return plain and _lib.direct is not None
-
-
-def _run_backward(
+def run_backward(
     ops: GruOps,
     need: tuple[bool, ...],
     grads: tuple[Tensor | None, ...],
@@ -213,10 +195,10 @@ def _train_backward(ops: GruOps) -> Callable[..., tuple[Tensor | None, ...]]:
         try:
             *inputs, output, gates = ctx.saved_tensors
         except RuntimeError as error:
-            *inputs, output, gates = _despite_overwriting(ctx, ops, need, True, error)
+            *inputs, output, gates = despite_overwriting(ctx, ops, need, True, error)
         if len(inputs) > len(need):
-            inputs = _with_own_state(inputs)
-        return _run_backward(ops, need[:10], grads, tuple(inputs), output, gates)
+            inputs = with_own_state(inputs)
+        return run_backward(ops, need[:10], grads, tuple(inputs), output, gates)
 
     return backward
 
@@ -227,92 +209,16 @@ def _infer_backward(ops: GruOps) -> Callable[..., tuple[Tensor | None, ...]]:
         try:
             *inputs, output = ctx.saved_tensors
         except RuntimeError as error:
-            *inputs, output = _despite_overwriting(ctx, ops, need, False, error)
-        return _run_backward(ops, need[:10], grads, tuple(inputs), output, None)
+            *inputs, output = despite_overwriting(ctx, ops, need, False, error)
+        return run_backward(ops, need[:10], grads, tuple(inputs), output, None)
 
     return backward
 
 
-def _with_own_state(saved: list[Tensor | None]) -> list[Tensor | None]:
-    """The inputs, of what was saved with _own_state before them. A second derivative needs hx itself."""
+def with_own_state(saved: list[Tensor | None]) -> list[Tensor | None]:
+    """The inputs, of what was saved with own_state before them. A second derivative needs hx itself."""
     own, input, hx, *weights = saved
     return [input, hx if torch.is_grad_enabled() else own, *weights]
-
-
-class TrainFunction(torch.autograd.Function):
-    """What the train operator's autograd does, at a third of its cost per call: for eager mode.
-
-    ``apply(ops, *inputs)``, where the last five inputs may be left out if all are None: then, if all is plain and the
-    backend is ``cpu``, it works without the dispatcher.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, ops: GruOps, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        found = _lib.direct.train(*inputs) if _may_be_direct(ops, inputs) else None
-        if found is None:
-            found = call(ops.train, *inputs, *_NO_TENSORS[len(inputs) :])
-            if found[0]._version:  # as a rule it is 0
-                ctx.version = found[0]._version
-        output, h_n, gates = found
-        ctx.set_materialize_grads(False)
-        ctx.ops = ops
-        if any(ctx.needs_input_grad[4::4]):
-            ctx.save_for_backward(*inputs, output, gates)
-        else:
-            ctx.save_for_backward(*_own_state((), inputs), *inputs, output, gates)
-        return output, h_n
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        _, *need = ctx.needs_input_grad
-        try:
-            *inputs, output, gates = ctx.saved_tensors
-        except RuntimeError as error:
-            *inputs, output, gates = _despite_overwriting(ctx, ctx.ops, need, True, error)
-        if len(inputs) > len(need):
-            inputs = _with_own_state(inputs)
-        if _may_be_direct(ctx.ops, inputs) and not torch.is_grad_enabled():
-            found = _lib.direct.backward(*grads, *inputs, output, gates, need[0], any(need[2:]))
-            if found is not None:
-                return None, *found
-        rest = _NO_TENSORS[len(inputs) :]
-        found = _run_backward(ctx.ops, (*need, *(False for _ in rest)), grads, (*inputs, *rest), output, gates)
-        return None, *found[: len(inputs)]
-
-
-# Without Function's own wrapper, which is for the transforms of torch.func.
-train_plainly: Callable[..., tuple[Tensor, Tensor]] = _torch_private.plain_apply(TrainFunction)
-
-
-class KeptGraphFunction(torch.autograd.Function):
-    """The train operator of a library that keeps what its backward needs to itself: for eager mode."""
-
-    @staticmethod
-    def forward(ctx: Any, ops: GruOps, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        outputs, leaves = cudnn.keep_graph(*inputs)  # type: ignore[arg-type]
-        ctx.set_materialize_grads(False)
-        ctx.ops, ctx.graph = ops, (outputs, leaves)
-        output, h_n = (t.detach() for t in outputs)
-        ctx.version = output._version
-        ctx.save_for_backward(*inputs, output)
-        return output, h_n
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        need = ctx.needs_input_grad[1:]
-        try:
-            *inputs, output = ctx.saved_tensors
-        except RuntimeError as error:
-            *inputs, output = _despite_overwriting(ctx, ctx.ops, need, False, error)
-            ctx.graph = None
-        need = need[:10]
-        if ctx.graph is None or torch.is_grad_enabled():
-            # Torch's operator cannot be differentiated twice, nor after its output was overwritten; the backward
-            # operator can.
-            return None, *_run_backward(ctx.ops, need, grads, tuple(inputs), output, None)
-        outputs, leaves = ctx.graph
-        found = cudnn.differentiate(outputs, leaves, grads)
-        return None, *(grad if wanted else None for grad, wanted in zip(found, need, strict=True)), None
 
 
 def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -330,7 +236,7 @@ def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
         grad_output, grad_h_n, *inputs = leaves
         outputs = reference.gru_differentiable(*inputs, batch_sizes)
         seeds = [pair for pair in zip(outputs, (grad_output, grad_h_n), strict=True) if pair[1] is not None]
-        first = _grad([out for out, _ in seeds], inputs, [seed for _, seed in seeds], create_graph=True)
+        first = gradients([out for out, _ in seeds], inputs, [seed for _, seed in seeds], create_graph=True)
         # From the backward operator's results, which have a direction axis, to the forward operator's arguments.
         grad_grad_input, grad_grad_hx, *rest = grad_grads
         second = [grad_grad_input, grad_grad_hx]
@@ -338,19 +244,8 @@ def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
         second += [None] * (len(inputs) - len(second))
         pairs = [(g, gg) for g, gg in zip(first, second, strict=True) if g is not None and gg is not None]
         wanted = [leaf if need else None for leaf, need in zip(leaves, ctx.needs_input_grad, strict=False)]
-        grads = _grad([g for g, _ in pairs], wanted, [gg for _, gg in pairs], create_graph=keep_graph)
+        grads = gradients([g for g, _ in pairs], wanted, [gg for _, gg in pairs], create_graph=keep_graph)
     return *grads, None, None, None, None, None
-
-
-def _grad(
-    outputs: list[Tensor], inputs: list[Tensor | None], seeds: list[Tensor], create_graph: bool
-) -> list[Tensor | None]:
-    """torch.autograd.grad that leaves None where an input is None or not used."""
-    present = [t for t in inputs if t is not None]
-    if not outputs or not present:
-        return [None] * len(inputs)
-    grads = iter(torch.autograd.grad(outputs, present, seeds, create_graph=create_graph, allow_unused=True))
-    return [None if t is None else next(grads) for t in inputs]
 
 
 def _define(backend: str, fake_train: Callable[..., Any] = _fake_train) -> GruOps:
@@ -381,8 +276,6 @@ GRU_OPS = {name: _define(name) for name in ("reference", "triton", "cuda")}
 GRU_OPS["cpu"] = _define("cpu", _fake_train_cpu)
 GRU_OPS["cudnn"] = _define("cudnn", _fake_train_without_gates)
 
-#: What stands for the train operator in eager mode; for all others TrainFunction.
-EAGER_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {"cudnn": KeptGraphFunction}
 
 for _name, _kernels, _key in (
     (
@@ -395,21 +288,14 @@ for _name, _kernels, _key in (
     (
         "triton",
         (triton.operators.infer, triton.operators.train, triton.operators.backward),
-        "CompositeExplicitAutograd" if triton.INTERPRETED else "CUDA",
+        "CompositeExplicitAutograd" if INTERPRETED else "CUDA",
     ),
 ):
     for _op, _kernel in zip(GRU_OPS[_name], _kernels, strict=True):
         LIBRARY.impl(_op, _kernel, _key)
 
-LIBRARY.define("cpu_isa() -> str")
-LIBRARY.define("cpu_isas() -> str")
-LIBRARY.define("cpu_set_isa(str name) -> ()")
-LIBRARY.define("cpu_set_poison(bool on) -> ()")
-LIBRARY.define("cpu_set_chunk_tokens(int tokens) -> ()")
-LIBRARY.define("cuda_versions() -> (int runtime, int driver)")
-LIBRARY.define("cuda_code_architecture(int device) -> int")
-# What fastgru/backends/cuda.py launches; see fastgru/backends/recurrence.py. The loops say why they do not run, or "".
-LIBRARY.define("cuda_upload(Tensor host, Tensor(a!) device) -> ()")
+
+# What fastgru/ops/gru/cuda.py launches; see recurrence.py beside it. The loops say why they do not run, or "".
 LIBRARY.define(
     "cuda_gru_loop_forward(Tensor projected, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor hx, Tensor? table, "
     "int steps, bool tf32, str loop, Tensor(a!) output, Tensor(b!) h_n, Tensor(c!)? gates) -> str"
@@ -424,9 +310,4 @@ LIBRARY.define(
 LIBRARY.define("cuda_gru_gates(Tensor projected, Tensor recurrent, Tensor? b_ih, Tensor? b_hh, Tensor(a!) gates) -> ()")
 LIBRARY.define(
     "cuda_gru_why_not(int device, ScalarType dtype, int hidden, int batch, int directions, bool tf32, str loop) -> str"
-)
-LIBRARY.define("cuda_load(str path, str symbol, int device, int shared) -> ()")
-LIBRARY.define(
-    "cuda_launch(Tensor(a!)[] tensors, str path, str symbol, int device, int programs, bool cooperative, "
-    "int threads, int shared, int[] plan, float[] numbers) -> ()"
 )
