@@ -442,8 +442,8 @@ def test_few_arguments_compute_the_same(options: dict[str, Any], dtype: torch.dt
             with torch.no_grad():
                 results[-1].append(fastgru.flash_attention(*tensors, **options, **extra))
         names.append(recorded.names)
-    assert names[0] == ["plain_attention", "plain_attention_backward", "plain_attention"]
-    assert names[1] == ["attention", "attention_backward", "attention"]
+    assert names[0] == ["attention_plain_forward", "attention_plain_backward", "attention_plain_forward"]
+    assert names[1] == ["attention_forward", "attention_backward", "attention_forward"]
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b) and a.stride() == b.stride()
 
@@ -459,16 +459,16 @@ def test_few_arguments_where_nothing_else_is_asked_for() -> None:
 
     q, k, v = tensors
     sdpa = fastgru.scaled_dot_product_attention
-    assert names(lambda: sdpa(q, k, v)) == ["plain_attention"]
-    assert names(lambda: sdpa(q[:, 0], k[:, 0], v[:, 0])) == ["plain_attention"]
-    assert names(lambda: sdpa(q, k[:, :1], v[:, :1])) == ["plain_attention"]
+    assert names(lambda: sdpa(q, k, v)) == ["attention_plain_forward"]
+    assert names(lambda: sdpa(q[:, 0], k[:, 0], v[:, 0])) == ["attention_plain_forward"]
+    assert names(lambda: sdpa(q, k[:, :1], v[:, :1])) == ["attention_plain_forward"]
     with torch.autocast("cpu", torch.bfloat16):
-        assert names(lambda: sdpa(q, k, v)) == ["attention"]
-    assert names(lambda: sdpa(q, k, v, torch.zeros(5, 7))) == ["attention"]
-    assert names(lambda: fastgru.flash_attention(q, k, v, softcap=2.0)) == ["attention"]
+        assert names(lambda: sdpa(q, k, v)) == ["attention_forward"]
+    assert names(lambda: sdpa(q, k, v, torch.zeros(5, 7))) == ["attention_forward"]
+    assert names(lambda: fastgru.flash_attention(q, k, v, softcap=2.0)) == ["attention_forward"]
     assert names(lambda: vmap(sdpa)(*(t[None] for t in tensors))) == []
     with fastgru.use_backend("reference"):
-        assert names(lambda: sdpa(q, k, v)) == ["fastgru::reference_attention"]
+        assert names(lambda: sdpa(q, k, v)) == ["fastgru::reference_attention_forward"]
     # What is to be differentiated again.
     grads = torch.autograd.grad(sdpa(q, k, v).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):

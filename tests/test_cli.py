@@ -75,7 +75,7 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_info_tells_why_and_what_to_do_without_the_extension(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastgru._lib, "load_error", "the library is missing; build it")
+    monkeypatch.setattr(fastgru._library, "load_error", "the library is missing; build it")
     fastgru.backends.registry._chosen.clear()
     assert main(["info"]) == 0
     text = capsys.readouterr().out

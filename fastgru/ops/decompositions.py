@@ -43,7 +43,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     and so do ``lengths``, resets and backward passes.
     """
     table: dict[torch._ops.OpOverload, Callable[..., Any]] = {
-        torch.ops.fastgru.additive_attention.default: additive_differentiable,
+        torch.ops.fastgru.reference_additive_forward.default: additive_differentiable,
     }
     for gru in GRU_OPS.values():
         table |= {gru.infer: _gru_infer, gru.train: _gru_train}

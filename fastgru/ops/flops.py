@@ -70,8 +70,8 @@ def formulas() -> dict[torch._ops.OpOverload, tuple[Callable[..., int], int]]:
     table: dict[torch._ops.OpOverload, tuple[Callable[..., int], int]] = {
         PLAIN_OPS.forward: (_attention, 0),
         PLAIN_OPS.backward: (_attention_backward, 1),
-        ops.additive_attention.default: (_additive, 0),
-        ops.additive_attention_backward.default: (_additive_backward, 1),
+        ops.reference_additive_forward.default: (_additive, 0),
+        ops.reference_additive_backward.default: (_additive_backward, 1),
     }
     for gru in GRU_OPS.values():
         table |= {gru.infer: (_gru, 0), gru.train: (_gru, 0), gru.backward: (_gru_backward, 2)}

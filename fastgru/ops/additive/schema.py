@@ -13,15 +13,15 @@ from fastgru.ops.library import LIBRARY, call, gradients
 _ARGUMENTS = "Tensor query, Tensor key, Tensor weight, Tensor value, Tensor? k_lengths"
 
 LIBRARY.define(
-    f"additive_attention({_ARGUMENTS}) -> (Tensor output, Tensor statistics)", tags=torch.Tag.pt2_compliant_tag
+    f"reference_additive_forward({_ARGUMENTS}) -> (Tensor output, Tensor statistics)", tags=torch.Tag.pt2_compliant_tag
 )
 LIBRARY.define(
-    f"additive_attention_backward(Tensor grad_output, {_ARGUMENTS}, Tensor output, Tensor statistics) -> "
+    f"reference_additive_backward(Tensor grad_output, {_ARGUMENTS}, Tensor output, Tensor statistics) -> "
     "(Tensor grad_query, Tensor grad_key, Tensor grad_weight, Tensor grad_value)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-FORWARD = torch.ops.fastgru.additive_attention.default
-BACKWARD = torch.ops.fastgru.additive_attention_backward.default
+FORWARD = torch.ops.fastgru.reference_additive_forward.default
+BACKWARD = torch.ops.fastgru.reference_additive_backward.default
 LIBRARY.impl(FORWARD, reference.additive, "CompositeExplicitAutograd")
 LIBRARY.impl(BACKWARD, reference.additive_backward, "CompositeExplicitAutograd")
 

@@ -1,6 +1,6 @@
 """The attention operators of every backend: schema, fake kernel and autograd, each defined once.
 
-``<backend>_attention`` returns the output [B, Hq, Lq, Dv], laid out like ``query``; the log of the sum of the
+``<backend>_attention_forward`` returns the output [B, Hq, Lq, Dv], laid out like ``query``; the log of the sum of the
 exponentials of the scores, lse [B, Hq, Lq], in the type computed in; and for the backward pass statistics
 [2, B, Hq, Lq] of that type: each row's reference m, in a unit of the backend's own, and its sum l of exp(s - m), both 0
 where it saw nothing. (lse alone would not do: that of large scores is rounded by more than 1.) Arguments and equations
@@ -115,7 +115,7 @@ def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
 
 
 def _define(backend: str) -> AttentionOps:
-    forward, backward = f"{backend}_attention", f"{backend}_attention_backward"
+    forward, backward = f"{backend}_attention_forward", f"{backend}_attention_backward"
     tag = torch.Tag.pt2_compliant_tag
     LIBRARY.define(f"{forward}({_ARGUMENTS}) -> (Tensor output, Tensor lse, Tensor statistics)", tags=tag)
     LIBRARY.define(
@@ -144,7 +144,7 @@ for _name, _module in (("reference", reference), ("triton", triton), ("gluon", g
 
 
 def _define_plain() -> AttentionOps:
-    forward, backward = "cpu_plain_attention", "cpu_plain_attention_backward"
+    forward, backward = "cpu_attention_plain_forward", "cpu_attention_plain_backward"
     arguments = (
         "Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool causal, bool bottom_right, "
         "bool grouped"
