@@ -242,7 +242,7 @@ def gru_peers(device: str, training: bool) -> dict[str, Callable[..., Forward]]:
     if device == "cpu":
         return peers
     chosen = {name: build for name, build in peers.items() if name.startswith("fastgru")}
-    for backend in registry.backends():
+    for backend in registry.backends("gru"):
         if device in backend.devices:
             chosen[f"fastgru, {backend.name}"] = _on_backend(backend.name, peers["fastgru"])
     return chosen | {name: peers[name] for name in ("nn.GRU", "torch.compile")}

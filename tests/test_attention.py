@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgru
 from fastgru import flash_attn
+from fastgru.backends import registry
 from fastgru.ops.attention.schema import ATTENTION_OPS
 
 NAN = float("nan")
@@ -388,13 +389,15 @@ def test_autocast(backend: str) -> None:
 
 
 def test_a_backend_without_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(ATTENTION_OPS, "cpu")
-    monkeypatch.setattr("fastgru.ops.attention.api._warned", set())
+    monkeypatch.delitem(registry._implementations, ("attention", "cpu"))
+    monkeypatch.setattr(registry, "_warned", set())
     if fastgru.explain().count("cpu: chosen"):
-        with pytest.warns(RuntimeWarning, match="'cpu' has no attention"):
+        assert "attention: runs on 'reference'" in fastgru.explain()
+        with fastgru.use_backend("auto"), pytest.warns(RuntimeWarning, match="'cpu' has no attention"):
             fastgru.flash_attention(*qkv(), return_lse=True)
         with fastgru.use_backend("cpu"), pytest.raises(fastgru.BackendUnavailable, match="has no attention"):
             fastgru.flash_attention(*qkv(), return_lse=True)
+    assert "additive attention: runs on 'reference'" in fastgru.explain()
 
 
 # ---- the operators of few arguments ----

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import fastgru
+from fastgru.backends import gluon as backend
 from fastgru.backends import measured, registry
 from fastgru.ops.attention import arguments, gluon
 from fastgru.ops.attention import reference as reference_attention
@@ -154,7 +155,7 @@ def test_like_the_reference(name: str, columns: int, forward: Any) -> None:
     torch.testing.assert_close(statistics.double(), want_statistics, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.skipif(gluon.backend._available() is not None, reason="needs a Hopper GPU and the kernels of a CUDA wheel")
+@pytest.mark.skipif(backend._available() is not None, reason="needs a Hopper GPU and the kernels of a CUDA wheel")
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("name", CASES)
 def test_on_the_gpu_as_emulated(name: str, columns: int, forward: Any) -> None:
@@ -495,10 +496,15 @@ def test_auto_goes_by_measurements(table: Any) -> None:
         ({"Lk": 300}, False),
         ({"Lk": 1024, "right": 0}, False),
     ):
-        assert gluon.wins(problem(case)) == ahead
-    assert [gluon.wins(problem({"Lk": length}), backward=True) for length in (1500, 5000, 300)] == [False, True, False]
-    assert not gluon.wins(problem({"D": 128, "Lk": 1024}))
-    assert gluon.faster(problem({"Lk": 1024})) == (False, False)  # not on a GPU
+        assert gluon.is_faster(problem(case)) == ahead
+    assert [gluon.is_faster(problem({"Lk": length}), backward=True) for length in (1500, 5000, 300)] == [
+        False,
+        True,
+        False,
+    ]
+    assert not gluon.is_faster(problem({"D": 128, "Lk": 1024}))
+    on_cpu = gluon.Pass(problem({"Lk": 1024}), False), gluon.Pass(problem({"Lk": 1024}), True)
+    assert not any(gluon.wins(torch.device("cpu"), torch.bfloat16, one) for one in on_cpu)
 
 
 def test_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,7 +522,7 @@ def test_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         # Said once, and not tried again: a second warning would be an error.
         again, _, _ = gluon.attention(*a)
     assert torch.equal(output, reference_attention.attention(*a)[0]) and torch.equal(output, again)
-    monkeypatch.setattr(registry, "_requested", "gluon")
+    monkeypatch.setattr(registry._process, "name", "gluon")
     with pytest.raises(fastgru.BackendUnavailable, match="no kernel image"):
         gluon.attention(*a)
     with pytest.raises(fastgru.BackendUnavailable, match="a window to the left"):
@@ -529,10 +535,10 @@ def test_by_name_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(fastgru.BackendUnavailable, match="'gluon' cannot run"):
             fastgru.use_backend("gluon")
     # With all in place it is for attention, and has no GRU.
-    everywhere = registry.Backend("gluon", ("cpu",), 55, lambda: None, lambda *_: None, attention_only=True)
+    everywhere = registry.Backend("gluon", ("cpu",), 65, lambda: None, lambda *_: None)
     monkeypatch.setitem(registry._backends, "gluon", everywhere)
     with fastgru.use_backend("auto"):
         assert "gluon: for attention only where it was measured to be faster" in fastgru.explain()
-        assert registry.select("cpu", torch.float32).name != "gluon"
+        assert registry.select("gru", "cpu", torch.float32).name != "gluon"
     with fastgru.use_backend("gluon"), pytest.raises(fastgru.BackendUnavailable, match="has no GRU"):
         fastgru.GRU(2, 3)(torch.zeros(1, 1, 2))

@@ -76,13 +76,13 @@ def test_info_tells_why_and_what_to_do_without_the_extension(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fastgru._library, "load_error", "the library is missing; build it")
-    fastgru.backends.registry._chosen.clear()
+    fastgru.backends.registry.forget()
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert "not available: the library is missing; build it" in text
     assert "runs on: reference" in text
     monkeypatch.undo()
-    fastgru.backends.registry._chosen.clear()
+    fastgru.backends.registry.forget()
 
 
 def test_info_says_what_the_cuda_part_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastgru
+from fastgru.backends import cuda as backend
 from fastgru.backends import measured, registry
 from fastgru.ops.gru import cuda, recurrence
 from fastgru.ops.gru.recurrence import Layer
@@ -414,13 +415,13 @@ def test_why_it_cannot_run_and_the_remedy(reason: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: case.get("usable", True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: case.get("capability", (9, 0)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    cuda.backend._available.cache_clear()
+    backend._available.cache_clear()
     try:
         with pytest.raises(fastgru.BackendUnavailable, match=f"backend 'cuda' cannot run: .*{reason}"):
             fastgru.use_backend("cuda")
         assert re.search(rf"cuda: not used: .*{reason}", fastgru.explain("cuda", BRAIN))
     finally:
-        cuda.backend._available.cache_clear()
+        backend._available.cache_clear()
 
 
 def test_float64_is_refused(chosen: Any) -> None:
@@ -443,7 +444,7 @@ def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def skip_if_refused(H: int, B: int, directions: int, dtype: torch.dtype) -> None:
     sizes = registry.Sizes(H, B, 1, directions, True, False)
-    reason = cuda._refuses(torch.device("cuda", 0), dtype, sizes)
+    reason = cuda.refuses(torch.device("cuda", 0), dtype, sizes)
     if reason is not None:
         pytest.skip(reason)
 

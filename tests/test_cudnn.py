@@ -202,23 +202,27 @@ def test_table_ranks_three_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_passes_over_a_winner_that_refuses_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     best = registry.Backend(
-        name="best", devices=("cpu",), priority=999, available=lambda: None, supports=lambda device, dtype: None,
-        wins=lambda device, dtype, sizes: True,
-        refuses=lambda device, dtype, sizes: "H is too large" if sizes.hidden > 100 else None,
-    )  # fmt: skip
+        name="best", devices=("cpu",), priority=999, available=lambda: None, supports=lambda device, dtype: None
+    )
     monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    monkeypatch.setattr(registry, "_implementations", dict(registry._implementations))
     monkeypatch.setattr(registry, "_warned", set())
     registry.register(best)
+    how = registry.Implementation(
+        wins=lambda device, dtype, sizes: True,
+        refuses=lambda device, dtype, sizes: "H is too large" if sizes.hidden > 100 else None,
+    )
+    registry.implement("gru", "best", how)
     place = torch.device("cpu"), torch.float64
     try:
         with fastgru.use_backend("auto"):
-            assert registry.fastest(*place, SIZES._replace(hidden=1)).name == "best"
+            assert registry.fastest("gru", *place, SIZES._replace(hidden=1)).name == "best"
             with pytest.warns(RuntimeWarning, match="because best: H is too large"):
-                assert registry.fastest(*place, SIZES).name != "best"
-            assert registry.fastest(*place, SIZES).name != "best"  # and says so once
+                assert registry.fastest("gru", *place, SIZES).name != "best"
+            assert registry.fastest("gru", *place, SIZES).name != "best"  # and says so once
     finally:
         monkeypatch.undo()
-        registry._chosen.clear()
+        registry.forget()
 
 
 def test_shipped_table_is_sound() -> None:
@@ -242,17 +246,19 @@ def test_precision_compares_like_with_like() -> None:
 
 def test_auto_passes_over_a_backend_that_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
     best = registry.Backend(
-        name="best", devices=("cpu",), priority=999, available=lambda: None, supports=lambda device, dtype: None,
-        wins=lambda device, dtype, sizes: sizes is not None and sizes.hidden > 100,
-    )  # fmt: skip
+        name="best", devices=("cpu",), priority=999, available=lambda: None, supports=lambda device, dtype: None
+    )
     monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    monkeypatch.setattr(registry, "_implementations", dict(registry._implementations))
     registry.register(best)
+    wins = registry.Implementation(wins=lambda device, dtype, sizes: sizes is not None and sizes.hidden > 100)
+    registry.implement("gru", "best", wins)
     place = torch.device("cpu"), torch.float64
     try:
         with fastgru.use_backend("auto"):
-            usual = registry.fastest(*place, SIZES._replace(hidden=1))
+            usual = registry.fastest("gru", *place, SIZES._replace(hidden=1))
             assert usual.name != "best"
-            assert registry.fastest(*place, SIZES).name == "best"
+            assert registry.fastest("gru", *place, SIZES).name == "best"
             assert "best: chosen for the sizes at which it was measured to be faster" in fastgru.explain(*place)
             assert f"{usual.name}: chosen for all others" in fastgru.explain(*place)
             module = fastgru.GRU(2, 3, dtype=torch.float64)
@@ -260,7 +266,7 @@ def test_auto_passes_over_a_backend_that_does_not_win(monkeypatch: pytest.Monkey
             want = module(x)
             torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="eager")(x), want)
         with fastgru.use_backend("best"):
-            assert registry.fastest(*place, SIZES._replace(hidden=1)).name == "best"
+            assert registry.fastest("gru", *place, SIZES._replace(hidden=1)).name == "best"
     finally:
         monkeypatch.undo()
-        registry._chosen.clear()
+        registry.forget()

@@ -13,14 +13,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgru
-from fastgru import _library
-from fastgru.ops.attention import eager as attention_eager
-from fastgru.ops.gru import eager
+from fastgru import _library, fast_path
 
 pytestmark = pytest.mark.skipif(_library.direct is None, reason=f"there is no fastgru._direct: {_library.direct_error}")
 
 REAL: Any = _library.direct
-HOLDERS: list[tuple[Any, str]] = [(_library, "direct"), (eager, "_direct"), (attention_eager, "_direct")]
+HOLDERS: list[tuple[Any, str]] = [(fast_path, "functions")]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -92,7 +90,7 @@ def test_inference_is_the_operators(
             for given in (x, x.transpose(0, 1).contiguous().transpose(0, 1), torch.stack([x, x], -2)[..., 0, :]):
                 with torch.no_grad():
                     spy = Spy()
-                    monkeypatch.setattr(eager, "_direct", spy)
+                    monkeypatch.setattr(fast_path, "functions", spy)
                     got = gru(given, hx)
                     assert spy.answers == [("infer", True)]
                     assert_same(got, by_operators(monkeypatch, lambda given=given, hx=hx: gru(given, hx)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastgru
-from fastgru import _library
+from fastgru import _library, fast_path
 
 pytestmark = pytest.mark.skipif(_library.load_error is not None, reason=str(_library.load_error))
 
@@ -56,7 +56,7 @@ def _advised(tensor: Tensor) -> bool:
 @pytest.mark.parametrize("way", ["direct", "operators"])
 def test_large_pages_under_large_tensors(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     if way == "operators":
-        monkeypatch.setattr(_library, "direct", None)
+        monkeypatch.setattr(fast_path, "functions", None)
     elif _library.direct is None:
         pytest.skip(str(_library.direct_error))
     # More than malloc ever takes from its heap: fresh in every call.

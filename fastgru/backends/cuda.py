@@ -7,6 +7,7 @@ import functools
 import torch
 
 from fastgru import _library
+from fastgru.backends import registry
 
 #: What it computes in.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,3 +51,8 @@ def _version(number: int) -> str:
 
 def _supports(device: str, dtype: torch.dtype) -> str | None:
     return None if dtype in DTYPES else f"it has no kernels for {dtype}"
+
+
+registry.register(
+    registry.Backend(name="cuda", devices=("cuda",), priority=70, available=_available, supports=_supports)
+)

@@ -51,10 +51,8 @@ registry.register(
     registry.Backend(
         name="gluon",
         devices=("cuda",),
-        priority=55,
+        priority=65,
         available=_available,
         supports=_supports,
-        attention_only=True,
-        covers=covers,
     )
 )

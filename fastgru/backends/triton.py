@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from fastgru.backends import measured, registry
+from fastgru.backends import registry
 
 #: What its GRU computes in.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,14 +58,6 @@ def _supports(device: str, dtype: torch.dtype) -> str | None:
     return None if dtype in DTYPES else f"it has no kernels for {dtype}"
 
 
-def _wins(device: torch.device, dtype: torch.dtype, sizes: registry.Sizes | None) -> bool:
-    return measured.wins("triton", device, dtype, sizes)
-
-
-# What torch.compiler.assume_constant_result does, which would import the compiler.
-_wins._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 registry.register(
     registry.Backend(
         name="triton",
@@ -73,6 +65,5 @@ registry.register(
         priority=60,
         available=_available,
         supports=_supports,
-        wins=_wins,
     )
 )

@@ -60,11 +60,7 @@ def additive_attention(
             f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)} and {list(weight.shape)}"
         )
     k_lengths = _lengths("k_lengths", k_lengths, query)
-    backend = registry.select(query.device, query.dtype).name
-    if backend != "reference" and registry.requested() != registry.AUTO:
-        raise registry.BackendUnavailable(
-            f"backend {backend!r} has no additive attention, only 'reference' has; use_backend('auto') takes that"
-        )
+    registry.select("additive", query.device, query.dtype)
     if keys == 0:
         return ((query * weight) @ key.mT) @ value
     arguments = (query, key, weight, value, k_lengths)

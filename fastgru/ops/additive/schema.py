@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgru.backends import registry
 from fastgru.ops.additive import reference
 from fastgru.ops.library import LIBRARY, call, gradients
 
@@ -24,6 +25,9 @@ FORWARD = torch.ops.fastgru.reference_additive_forward.default
 BACKWARD = torch.ops.fastgru.reference_additive_backward.default
 LIBRARY.impl(FORWARD, reference.additive, "CompositeExplicitAutograd")
 LIBRARY.impl(BACKWARD, reference.additive_backward, "CompositeExplicitAutograd")
+
+
+registry.implement("additive", "reference")
 
 
 def _fake_forward(query: Tensor, key: Tensor, weight: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

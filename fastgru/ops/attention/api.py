@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, Literal, overload
 
 import torch
@@ -33,41 +32,18 @@ from fastgru.ops.attention.schema import ATTENTION_OPS, AttentionOps
 from fastgru.ops.nested import from_padded, to_padded
 from fastgru.ops.numerics import autocast
 
-_warned: set[str] = set()
-
 
 def _choose(arguments: tuple[Any, ...]) -> AttentionOps:
     """The operators to call: those of a backend, or under ``auto`` of two, one for each direction."""
-    ops = _choose_backend(arguments[0])
-    if arguments[0].is_cuda and registry.requested() == registry.AUTO and not torch.compiler.is_compiling():
-        forward, backward = gluon.faster(Attention(*arguments))
-        ops = AttentionOps(
-            ATTENTION_OPS["gluon"].forward if forward else ops.forward,
-            ATTENTION_OPS["gluon"].backward if backward else ops.backward,
-        )
-    return ops
-
-
-def _choose_backend(query: Tensor) -> AttentionOps:
-    """A backend without attention, asked for by name, raises; ``auto`` goes on to the next that has it, and says so
-    once if no kernels are left."""
-    name = registry.select(query.device, query.dtype).name
-    auto = registry.requested() == registry.AUTO
-    if name in ATTENTION_OPS:
-        return ATTENTION_OPS[name]
-    message = f"backend {name!r} has no attention; backends that have it: {', '.join(ATTENTION_OPS)}"
-    if not auto:
-        raise registry.BackendUnavailable(message)
-    able = (
-        b.name
-        for b in registry.backends()
-        if b.name in ATTENTION_OPS and not b.attention_only and b.why_not(query.device.type, query.dtype) is None
-    )
-    successor = next(able)
-    if successor == "reference" and message not in _warned and not torch.compiler.is_compiling():
-        _warned.add(message)
-        warnings.warn(f"{message}; 'reference' runs instead", RuntimeWarning, stacklevel=4)
-    return ATTENTION_OPS[successor]
+    query: Tensor = arguments[0]
+    backend = registry.select("attention", query.device, query.dtype)
+    if not registry.goes_by_problem("attention", backend):
+        return ATTENTION_OPS[backend.name]
+    problems: list[gluon.Pass | None] = [None, None]
+    if not torch.compiler.is_compiling():
+        problems = [gluon.Pass(Attention(*arguments), backward) for backward in (False, True)]
+    names = [registry.fastest("attention", query.device, query.dtype, p).name for p in problems]
+    return AttentionOps(ATTENTION_OPS[names[0]].forward, ATTENTION_OPS[names[1]].backward)
 
 
 @overload

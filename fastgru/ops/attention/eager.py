@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgru import _library, _torch_private
+from fastgru import _torch_private, fast_path
 from fastgru._torch_private import forward_mode
 from fastgru.backends import registry
 from fastgru.ops.attention.arguments import ArgumentError, Attention
@@ -18,7 +18,6 @@ from fastgru.ops.attention.schema import ATTENTION_OPS, DIFFERENTIABLE, PLAIN_OP
 # Tensors that no one has given a meaning of their own.
 _PLAIN = (Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
-_direct = _library.direct
 
 # What torch puts before the message of a failed check in C++.
 _PLACE_IN_SOURCE = re.compile(r"^\w+, \S+\.(cpp|h|inc):\d+, ")
@@ -57,8 +56,8 @@ class PlainAttentionFunction(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: tuple[Any, ...]
     ) -> Tensor:
         # Not in a frame that Dynamo traces, as it does those below a break of its graph.
-        direct = None if torch.compiler.is_compiling() else _library.direct
-        found = None if direct is None else direct.attention_train(query, key, value, mask, *options)
+        functions = None if torch.compiler.is_compiling() else fast_path.functions
+        found = None if functions is None else functions.attention_train(query, key, value, mask, *options)
         output, statistics = plain_forward(query, key, value, mask, *options) if found is None else found
         ctx.options = options
         ctx.save_for_backward(query, key, value, mask, output, statistics)
@@ -69,7 +68,8 @@ class PlainAttentionFunction(torch.autograd.Function):
         query, key, value, mask, output, statistics = ctx.saved_tensors
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             arguments = grad, query, key, value, mask, *ctx.options, output, statistics
-            found = None if _library.direct is None else _library.direct.attention_backward(*arguments)
+            functions = fast_path.functions
+            found = None if functions is None else functions.attention_backward(*arguments)
             return *(_plain_backward(*arguments) if found is None else found), None, None
         # To be differentiated again, or compiled, which the operator of all arguments can be.
         scale, causal, bottom_right, _ = ctx.options
@@ -118,18 +118,17 @@ def at_once(
 ) -> Tensor | None:
     """Attention without options, where the operators of few arguments take it: on the CPU in eager mode. They do the
     checks themselves, for the ones below take as long as a small problem. None: not such a problem, or not a sound
-    one, which the long way has the words for."""
+    one: the general path reports errors."""
     if _is_compiling():
         return None
     options = scale, causal, bottom_right, grouped
-    if _direct is not None and type(query) in _PLAIN and forward_mode._current_level < 0:
-        backend = registry.selected("cpu", query.dtype)
-        if backend is not None and backend.name == "cpu":
-            output = _direct.attention(query, key, value, mask, *options)
-            if output is True:
-                return plain_attention_with_gradients(query, key, value, mask, options)
-            if output is not None:
-                return output  # type: ignore[no-any-return]
+    functions = fast_path.lookup("attention", "cpu", query.dtype) if type(query) in _PLAIN else None
+    if functions is not None:
+        output = functions.attention(query, key, value, mask, *options)
+        if output is True:
+            return plain_attention_with_gradients(query, key, value, mask, options)
+        if output is not None:
+            return output  # type: ignore[no-any-return]
     if (
         not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
         or _torch_private.len_torch_function_stack()
@@ -142,7 +141,7 @@ def at_once(
     ):
         return None
     try:
-        if registry.select("cpu", query.dtype).name != "cpu":
+        if registry.select("attention", "cpu", query.dtype).name != "cpu":
             return None
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             return plain_attention_with_gradients(query, key, value, mask, options)

@@ -14,12 +14,11 @@ import functools
 import json
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgru.backends import gluon as backend
 from fastgru.backends import measured, registry
 from fastgru.backends.gluon import CUBINS, manifest
 from fastgru.ops.attention import triton
@@ -76,7 +75,7 @@ def _measured(architecture: str, dtype: torch.dtype) -> list[list[Any]]:
     return rows
 
 
-def wins(a: Attention, backward: bool = False) -> bool:
+def is_faster(a: Attention, backward: bool = False) -> bool:
     """Whether the measurement nearest to a problem, if one is near enough, has the kernel forward, or the one backward,
     ahead of Triton's."""
     architecture = measured.architecture(a.query.device)
@@ -88,12 +87,18 @@ def wins(a: Attention, backward: bool = False) -> bool:
     return best[1]
 
 
-def faster(a: Attention) -> tuple[bool, bool]:
-    """Whether ``auto`` takes the kernel forward, and the one backward, for a problem on the ``triton`` backend's
-    devices."""
-    if not a.query.is_cuda or backend._available() is not None or why_not(a) is not None:
-        return False, False
-    return wins(a), wins(a, backward=True)
+class Pass(NamedTuple):
+    """What ``auto`` decides by: a problem, and in which direction it is to run."""
+
+    arguments: Attention
+    backward: bool
+
+
+def wins(device: torch.device, dtype: torch.dtype, problem: Pass | None) -> bool:
+    """Whether ``auto`` takes the kernel of one direction for a problem."""
+    if problem is None or not problem.arguments.query.is_cuda or why_not(problem.arguments) is not None:
+        return False
+    return is_faster(*problem)
 
 
 def for_tma(t: Tensor) -> Tensor:

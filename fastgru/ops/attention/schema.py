@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgru.backends import registry
+from fastgru.backends.gluon import covers
 from fastgru.ops.attention import gluon, reference, triton
 from fastgru.ops.attention.arguments import Attention, empty_like_layout
 from fastgru.ops.library import LIBRARY, call, gradients
@@ -132,6 +134,10 @@ def _define(backend: str) -> AttentionOps:
 
 
 ATTENTION_OPS = {name: _define(name) for name in ("reference", "cpu", "triton", "gluon")}
+
+for _name in ("reference", "cpu", "triton"):
+    registry.implement("attention", _name)
+registry.implement("attention", "gluon", registry.Implementation(wins=gluon.wins, covers=covers))
 
 
 # The C++ library implements those of "cpu".

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgru.backends import cuda as backend
 from fastgru.backends import measured, registry
 from fastgru.ops.gru import recurrence
 
@@ -119,21 +118,14 @@ def _why_not(key: tuple[Any, ...]) -> str:
     return str(torch.ops.fastgru.cuda_gru_why_not(*key))
 
 
-def _refuses(device: torch.device, dtype: torch.dtype, sizes: registry.Sizes) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype, sizes: registry.Sizes) -> str | None:
     key = _key(device, dtype, sizes.hidden, sizes.batch, sizes.directions)
     return _turned_down.get(key) or _why_not(key) or None
 
 
-def _wins(device: torch.device, dtype: torch.dtype, sizes: registry.Sizes | None) -> bool:
+def wins(device: torch.device, dtype: torch.dtype, sizes: registry.Sizes | None) -> bool:
     return measured.wins("cuda", device, dtype, sizes)
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler.
-_wins._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-registry.register(
-    registry.Backend(
-        name="cuda", devices=("cuda",), priority=70, available=backend._available, supports=backend._supports,
-        refuses=_refuses, wins=_wins,
-    )
-)  # fmt: skip
+wins._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgru import _library, _torch_private
-from fastgru._torch_private import forward_mode
-from fastgru.backends import registry
+from fastgru import _torch_private, fast_path
 from fastgru.ops.gru import cudnn
 from fastgru.ops.gru.schema import (
     GRU_OPS,
@@ -27,14 +25,12 @@ from fastgru.ops.gru.schema import (
 )
 from fastgru.ops.library import call
 
-_direct = _library.direct
-
 
 def _may_be_direct(ops: GruOps, inputs: Sequence[Tensor | None]) -> bool:
     """Whether these are the inputs of one dense layer in one direction on the backend ``cpu``."""
     # Not in a frame that Dynamo traces, as it does those below a break of its graph.
     plain = len(inputs) == 6 and ops is GRU_OPS["cpu"] and not torch.compiler.is_compiling()
-    return plain and _library.direct is not None
+    return plain and fast_path.functions is not None
 
 
 class TrainFunction(torch.autograd.Function):
@@ -46,7 +42,7 @@ class TrainFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ops: GruOps, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        found = _library.direct.train(*inputs) if _may_be_direct(ops, inputs) else None
+        found = fast_path.functions.train(*inputs) if _may_be_direct(ops, inputs) else None
         if found is None:
             found = call(ops.train, *inputs, *NO_TENSORS[len(inputs) :])
             if found[0]._version:  # as a rule it is 0
@@ -70,7 +66,7 @@ class TrainFunction(torch.autograd.Function):
         if len(inputs) > len(need):
             inputs = with_own_state(inputs)
         if _may_be_direct(ctx.ops, inputs) and not torch.is_grad_enabled():
-            found = _library.direct.backward(*grads, *inputs, output, gates, need[0], any(need[2:]))
+            found = fast_path.functions.backward(*grads, *inputs, output, gates, need[0], any(need[2:]))
             if found is not None:
                 return None, *found
         rest = NO_TENSORS[len(inputs) :]
@@ -117,19 +113,12 @@ class KeptGraphFunction(torch.autograd.Function):
 EAGER_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {"cudnn": KeptGraphFunction}
 
 
-def _may_run(input: Tensor) -> bool:
-    if _direct is None or forward_mode._current_level >= 0:
-        return False
-    # At the first call there is none: the operators' way has it chosen.
-    backend = registry.selected(input.device, input.dtype)
-    return backend is not None and backend.name == "cpu"
-
-
 def gru_cell(
     input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> Tensor | None:
     """What ``ops.gru_cell`` returns where there is no gradient to record, or None where it has to be called."""
-    return _direct.cell(input, hx, w_ih, w_hh, b_ih, b_hh) if _may_run(input) else None
+    functions = fast_path.lookup("gru", input.device, input.dtype)
+    return None if functions is None else functions.cell(input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def gru(module: dict[str, Any], input: Tensor, hx: Tensor | None, save_gates: bool) -> tuple[Tensor, Tensor] | None:
@@ -139,9 +128,10 @@ def gru(module: dict[str, Any], input: Tensor, hx: Tensor | None, save_gates: bo
         module: the ``__dict__`` of an nn.RNNBase: its settings and weights, as they are now.
         hx: zeros when None.
     """
-    if not _may_run(input):
+    functions = fast_path.lookup("gru", input.device, input.dtype)
+    if functions is None:
         return None
-    found = _direct.infer(module, input, hx)
+    found = functions.infer(module, input, hx)
     if found is None:
         return None
     batch_first = module["batch_first"]

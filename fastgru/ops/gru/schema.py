@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgru.backends import registry
 from fastgru.backends.triton import INTERPRETED
 from fastgru.ops.gru import cuda, cudnn, reference, triton
 from fastgru.ops.library import LIBRARY, call, gradients
@@ -275,6 +276,11 @@ def _define(backend: str, fake_train: Callable[..., Any] = _fake_train) -> GruOp
 GRU_OPS = {name: _define(name) for name in ("reference", "triton", "cuda")}
 GRU_OPS["cpu"] = _define("cpu", _fake_train_cpu)
 GRU_OPS["cudnn"] = _define("cudnn", _fake_train_without_gates)
+
+for _name in ("reference", "cpu", "cudnn"):
+    registry.implement("gru", _name)
+registry.implement("gru", "triton", registry.Implementation(wins=triton.wins))
+registry.implement("gru", "cuda", registry.Implementation(wins=cuda.wins, refuses=cuda.refuses))
 
 
 for _name, _kernels, _key in (

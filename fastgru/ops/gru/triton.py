@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgru.backends import measured, registry
 from fastgru.ops.gru import recurrence
 from fastgru.ops.gru.reference import gate_stride, steps_of
 
@@ -174,3 +175,11 @@ class _Kernels:
 
 
 operators = recurrence.Operators(_Kernels())
+
+
+def wins(device: torch.device, dtype: torch.dtype, sizes: registry.Sizes | None) -> bool:
+    return measured.wins("triton", device, dtype, sizes)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler.
+wins._dynamo_marked_constant = True  # type: ignore[attr-defined]
