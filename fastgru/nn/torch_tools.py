@@ -1,12 +1,68 @@
-"""TorchScript, which cannot compile this package's modules: it gets torch's, on the same parameters."""
+"""Fits modules to torch.fx, torch.jit and the ONNX exporters, and checks settings that were edited after construction.
+
+TorchScript cannot compile this package's modules: it gets torch's, on the same parameters.
+"""
 
 from __future__ import annotations
 
+import inspect
+from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils.rnn import PackedSequence
+
+
+def _gru(
+    self: nn.Module,
+    input_size: int,
+    hidden_size: int,
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    bidirectional: bool = False,
+    device: Any = None,
+    dtype: Any = None,
+    *,
+    save_gates: bool = True,
+) -> None: ...
+
+
+#: Of GRU's constructor, for those who ask what its arguments are called, as nn.utils.skip_init does.
+gru_signature = inspect.signature(_gru)
+
+
+def fx_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """One ``call_module`` node, as torch.fx makes of torch's own modules."""
+    tracer = args[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
+
+
+def recorded_zeros(module: nn.RNNBase, input: PackedSequence) -> Tensor:
+    """The initial state of a packed batch, whose size is read from a tensor: a number would become part of what
+    torch.jit.trace records."""
+    layers = module.num_layers * (2 if module.bidirectional else 1)
+    data, batch_sizes = input[:2]
+    size: Any = (layers, batch_sizes[0], module.hidden_size)
+    return torch.zeros(size, dtype=data.dtype, device=data.device)
+
+
+def check_settings(module: nn.RNNBase) -> None:
+    """Raises for what the constructor was given, edited since, of types that nn.GRU's operator refuses.
+
+    Raises:
+        TypeError: nn.GRU's.
+    """
+    for name in ("bias", "training", "bidirectional", "batch_first"):
+        if not isinstance(getattr(module, name), bool):
+            raise TypeError(f"{name} has to be of type bool, got {getattr(module, name)!r}")
+    if not isinstance(module.num_layers, Integral) or isinstance(module.num_layers, bool):
+        raise TypeError(f"num_layers has to be of type int, got {module.num_layers!r}")
+    if not isinstance(module.dropout, (Real, Tensor)):
+        raise TypeError(f"dropout has to be a number, got {module.dropout!r}")
 
 
 def torch_twin(module: nn.Module, own: type[nn.Module], original: type[nn.Module]) -> nn.Module:
