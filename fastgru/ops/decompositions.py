@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgru.ops.additive.reference import additive_differentiable
+from fastgru.ops.additive.schema import ADDITIVE_OPS
 from fastgru.ops.attention.reference import attention_differentiable
 from fastgru.ops.attention.schema import ATTENTION_OPS
 from fastgru.ops.gru.schema import GRU_OPS
@@ -42,11 +43,11 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     ``torch.ops.aten.gru.input`` in it a layer is kept whole. Packed input stays with the operators of this package,
     and so do ``lengths``, resets and backward passes.
     """
-    table: dict[torch._ops.OpOverload, Callable[..., Any]] = {
-        torch.ops.fastgru.reference_additive_forward.default: additive_differentiable,
-    }
+    table: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
     for gru in GRU_OPS.values():
         table |= {gru.infer: _gru_infer, gru.train: _gru_train}
     for attention in ATTENTION_OPS.values():
         table[attention.forward] = attention_differentiable
+    for additive in ADDITIVE_OPS.values():
+        table[additive.forward] = additive_differentiable
     return table

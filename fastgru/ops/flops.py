@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fastgru.ops.additive.schema import ADDITIVE_OPS
 from fastgru.ops.attention.schema import ATTENTION_OPS, PLAIN_OPS
 from fastgru.ops.gru.schema import GRU_OPS
 
@@ -66,17 +67,16 @@ def _additive_backward(query: Shape, key: Shape, weight: Shape, value: Shape, *r
 
 def formulas() -> dict[torch._ops.OpOverload, tuple[Callable[..., int], int]]:
     """Of every operator its formula, and how many of its arguments stand before those of the formula."""
-    ops = torch.ops.fastgru
     table: dict[torch._ops.OpOverload, tuple[Callable[..., int], int]] = {
         PLAIN_OPS.forward: (_attention, 0),
         PLAIN_OPS.backward: (_attention_backward, 1),
-        ops.reference_additive_forward.default: (_additive, 0),
-        ops.reference_additive_backward.default: (_additive_backward, 1),
     }
     for gru in GRU_OPS.values():
         table |= {gru.infer: (_gru, 0), gru.train: (_gru, 0), gru.backward: (_gru_backward, 2)}
     for attention in ATTENTION_OPS.values():
         table |= {attention.forward: (_attention, 0), attention.backward: (_attention_backward, 2)}
+    for additive in ADDITIVE_OPS.values():
+        table |= {additive.forward: (_additive, 0), additive.backward: (_additive_backward, 1)}
     return table
 
 

@@ -1,4 +1,4 @@
-"""Additive (Bahdanau) attention: operators, autograd and the function that checks and calls them."""
+"""Checks the arguments of additive (Bahdanau) attention, and calls the operator of the backend that is chosen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastgru import _torch_private
 from fastgru._torch_private import forward_mode
 from fastgru.backends import registry
 from fastgru.ops.additive import reference
-from fastgru.ops.additive.schema import FORWARD
+from fastgru.ops.additive.schema import ADDITIVE_OPS
 from fastgru.ops.attention.arguments import ArgumentError, _lengths, _tensor
 from fastgru.ops.library import call
 from fastgru.ops.numerics import autocast
@@ -60,11 +60,11 @@ def additive_attention(
             f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)} and {list(weight.shape)}"
         )
     k_lengths = _lengths("k_lengths", k_lengths, query)
-    registry.select("additive", query.device, query.dtype)
+    ops = ADDITIVE_OPS[registry.select("additive", query.device, query.dtype).name]
     if keys == 0:
         return ((query * weight) @ key.mT) @ value
     arguments = (query, key, weight, value, k_lengths)
     if _torch_private.are_functorch_transforms_active() or forward_mode._current_level >= 0:
         return reference.additive_differentiable(*arguments)
-    output: Tensor = call(FORWARD, *arguments)[0]
+    output: Tensor = call(ops.forward, *arguments)[0]
     return output

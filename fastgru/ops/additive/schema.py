@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgru.backends import registry
 from fastgru.ops.additive import reference
-from fastgru.ops.library import LIBRARY, call, gradients
+from fastgru.ops.library import Pass, call, define_family, second_order
 
 _ARGUMENTS = "Tensor query, Tensor key, Tensor weight, Tensor value, Tensor? k_lengths"
 
-LIBRARY.define(
-    f"reference_additive_forward({_ARGUMENTS}) -> (Tensor output, Tensor statistics)", tags=torch.Tag.pt2_compliant_tag
-)
-LIBRARY.define(
-    f"reference_additive_backward(Tensor grad_output, {_ARGUMENTS}, Tensor output, Tensor statistics) -> "
-    "(Tensor grad_query, Tensor grad_key, Tensor grad_weight, Tensor grad_value)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-FORWARD = torch.ops.fastgru.reference_additive_forward.default
-BACKWARD = torch.ops.fastgru.reference_additive_backward.default
-LIBRARY.impl(FORWARD, reference.additive, "CompositeExplicitAutograd")
-LIBRARY.impl(BACKWARD, reference.additive_backward, "CompositeExplicitAutograd")
 
+class AdditiveOps(NamedTuple):
+    """The operators of one backend."""
 
-registry.implement("additive", "reference")
+    forward: torch._ops.OpOverload
+    backward: torch._ops.OpOverload
 
 
 def _fake_forward(query: Tensor, key: Tensor, weight: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -45,10 +36,13 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.save_for_backward(*inputs, *output)
 
 
-def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_output is None:
-        return (None,) * 5
-    return *call(BACKWARD, grad_output, *ctx.saved_tensors), None
+def _forward_backward(ops: AdditiveOps) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 5
+        return *call(ops.backward, grad_output, *ctx.saved_tensors), None
+
+    return backward
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -57,20 +51,29 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradient of the backward operator, through the composite: nothing flows through output and statistics."""
-    *tensors, k_lengths = ctx.saved_tensors
-    keep_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        leaves: list[Any] = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
-        query, key, weight, value = leaves[1:]
-        output = reference.additive_differentiable(query, key, weight, value, k_lengths)
-        first = gradients([output], leaves[1:], [leaves[0]], create_graph=True)
-        pairs = [(g, gg) for g, gg in zip(first, grad_grads, strict=True) if g is not None and gg is not None]
-        grads = gradients([g for g, _ in pairs], leaves, [gg for _, gg in pairs], create_graph=keep_graph)
+    """The gradient of the backward operator, total in grad_output, query, key, weight and value."""
+    grad_output, *inputs, k_lengths = ctx.saved_tensors
+
+    def composite(*inputs: Any) -> tuple[Tensor]:
+        query, key, weight, value = inputs
+        return (reference.additive_differentiable(query, key, weight, value, k_lengths),)
+
+    grads = second_order(composite, [grad_output], inputs, grad_grads, ctx.needs_input_grad)
     return *grads, None, None, None
 
 
-torch.library.register_fake(FORWARD, _fake_forward, lib=LIBRARY)
-torch.library.register_fake(BACKWARD, _fake_backward, lib=LIBRARY)
-torch.library.register_autograd(FORWARD, _differentiate, setup_context=_save_forward, lib=LIBRARY)
-torch.library.register_autograd(BACKWARD, _double_backward, setup_context=_save_backward, lib=LIBRARY)
+_PASSES = {
+    "forward": Pass(
+        f"({_ARGUMENTS}) -> (Tensor output, Tensor statistics)", _fake_forward, _save_forward, _forward_backward
+    ),
+    "backward": Pass(
+        f"(Tensor grad_output, {_ARGUMENTS}, Tensor output, Tensor statistics) -> "
+        "(Tensor grad_query, Tensor grad_key, Tensor grad_weight, Tensor grad_value)",
+        _fake_backward,
+        _save_backward,
+        lambda ops: _double_backward,
+    ),
+}
+_KERNELS = (reference.additive, reference.additive_backward)
+
+ADDITIVE_OPS = {"reference": define_family("additive", "reference", _PASSES, AdditiveOps, _KERNELS)}

@@ -1,4 +1,4 @@
-"""Attention functions: checks, defaults and the call of the operator of the backend that the registry picks."""
+"""Checks the arguments of attention, and calls the operators of the backend that the registry picks."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from fastgru.backends import registry
 from fastgru.backends.gluon import covers
 from fastgru.ops.attention import gluon, reference, triton
 from fastgru.ops.attention.arguments import Attention, empty_like_layout
-from fastgru.ops.library import LIBRARY, call, gradients
+from fastgru.ops.library import LIBRARY, Pass, call, define_family, second_order
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? q_lengths, Tensor? k_lengths, "
@@ -95,55 +95,47 @@ def _forward_backward(ops: AttentionOps) -> Callable[..., tuple[Tensor | None, .
 
 def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradient of the backward operator, total in grad_output, grad_lse, query, key, value and bias."""
-    tensors = ctx.saved_tensors
-    keep_graph = torch.is_grad_enabled()
-    count = 2 + DIFFERENTIABLE
-    with torch.enable_grad():
-        # An alias for what is already in a graph, so that a third derivative can be taken.
-        leaves: list[Any] = [
-            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            for t in tensors[:count]
-        ]
-        inputs = leaves[2:]
-        outputs = reference.attention_differentiable(*inputs, *tensors[count:], *ctx.numbers)
-        seeds = [pair for pair in zip(outputs, leaves[:2], strict=True) if pair[1] is not None]
-        first = gradients([out for out, _ in seeds], inputs, [seed for _, seed in seeds], create_graph=True)
-        if not ctx.has_bias_grad:
-            first[-1] = None
-        pairs = [(g, gg) for g, gg in zip(first, grad_grads, strict=True) if g is not None and gg is not None]
-        wanted = [leaf if need else None for leaf, need in zip(leaves, ctx.needs_input_grad, strict=False)]
-        grads = gradients([g for g, _ in pairs], wanted, [gg for _, gg in pairs], create_graph=keep_graph)
+    grad_output, grad_lse, *tensors = ctx.saved_tensors
+    inputs, others = tensors[:DIFFERENTIABLE], tensors[DIFFERENTIABLE:]
+
+    def composite(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return reference.attention_differentiable(*inputs, *others, *ctx.numbers)
+
+    if not ctx.has_bias_grad:
+        grad_grads = (*grad_grads[:-1], None)
+    grads = second_order(composite, (grad_output, grad_lse), inputs, grad_grads, ctx.needs_input_grad)
     return *grads, *[None] * (_COUNT - DIFFERENTIABLE + 3)
 
 
-def _define(backend: str) -> AttentionOps:
-    forward, backward = f"{backend}_attention_forward", f"{backend}_attention_backward"
-    tag = torch.Tag.pt2_compliant_tag
-    LIBRARY.define(f"{forward}({_ARGUMENTS}) -> (Tensor output, Tensor lse, Tensor statistics)", tags=tag)
-    LIBRARY.define(
-        f"{backward}(Tensor? grad_output, Tensor? grad_lse, {_ARGUMENTS}, Tensor output, Tensor statistics, "
+_PASSES = {
+    "forward": Pass(
+        f"({_ARGUMENTS}) -> (Tensor output, Tensor lse, Tensor statistics)",
+        _fake_forward,
+        _save_forward,
+        _forward_backward,
+    ),
+    "backward": Pass(
+        f"(Tensor? grad_output, Tensor? grad_lse, {_ARGUMENTS}, Tensor output, Tensor statistics, "
         "bool need_bias_grad) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
-        tags=tag,
-    )
-    ops = AttentionOps(*(getattr(torch.ops.fastgru, name).default for name in (forward, backward)))
-    torch.library.register_fake(ops.forward, _fake_forward, lib=LIBRARY)
-    torch.library.register_fake(ops.backward, _fake_backward, lib=LIBRARY)
-    torch.library.register_autograd(ops.forward, _forward_backward(ops), setup_context=_save_forward, lib=LIBRARY)
-    torch.library.register_autograd(ops.backward, _double_backward, setup_context=_save_backward, lib=LIBRARY)
-    return ops
+        _fake_backward,
+        _save_backward,
+        lambda ops: _double_backward,
+    ),
+}
 
 
-ATTENTION_OPS = {name: _define(name) for name in ("reference", "cpu", "triton", "gluon")}
+def _define(backend: str, module: Any = None, implementation: registry.Implementation | None = None) -> AttentionOps:
+    """``module`` has the kernels; without one the C++ library does."""
+    kernels = () if module is None else (module.attention, module.attention_backward)
+    return define_family("attention", backend, _PASSES, AttentionOps, kernels=kernels, implementation=implementation)
 
-for _name in ("reference", "cpu", "triton"):
-    registry.implement("attention", _name)
-registry.implement("attention", "gluon", registry.Implementation(wins=gluon.wins, covers=covers))
 
-
-# The C++ library implements those of "cpu".
-for _name, _module in (("reference", reference), ("triton", triton), ("gluon", gluon)):
-    LIBRARY.impl(ATTENTION_OPS[_name].forward, _module.attention, "CompositeExplicitAutograd")
-    LIBRARY.impl(ATTENTION_OPS[_name].backward, _module.attention_backward, "CompositeExplicitAutograd")
+ATTENTION_OPS = {
+    "reference": _define("reference", reference),
+    "cpu": _define("cpu"),
+    "triton": _define("triton", triton),
+    "gluon": _define("gluon", gluon, registry.Implementation(wins=gluon.wins, covers=covers)),
+}
 
 
 # ---- without options, on the CPU, in eager mode ----

@@ -1,4 +1,4 @@
-"""Every operator of the namespace ``fastgru``: schema, fake kernel and autograd, each defined once.
+"""The GRU's operators: schema, fake kernel and autograd, each defined once for all backends.
 
 One operator is one GRU layer, in one or both directions (D = 2 iff ``w_ih_reverse`` is given). Shapes: input [T, B, I],
 or packed [N, I] with ``batch_sizes`` (int64 on the CPU, [T], never growing); hx and h_n [D, B, H]; output [T, B, D*H]
@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgru.backends import registry
 from fastgru.backends.triton import INTERPRETED
 from fastgru.ops.gru import cuda, cudnn, reference, triton
-from fastgru.ops.library import LIBRARY, call, gradients
+from fastgru.ops.library import LIBRARY, Pass, call, define_family, second_order
 
 _LAYER = (
     "Tensor input, Tensor hx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
@@ -223,83 +223,65 @@ def with_own_state(saved: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradient of the backward operator, total in grad_output, grad_h_n, input, hx and the weights.
+    """The gradient of the backward operator, total in grad_output, grad_h_n, input, hx and the weights."""
+    grad_output, grad_h_n, *inputs, batch_sizes = ctx.saved_tensors
 
-    It differentiates the composite twice, so nothing has to flow through the saved output and gates.
-    """
-    *tensors, batch_sizes = ctx.saved_tensors
-    keep_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # An alias for what is already in a graph, so that a third derivative can be taken.
-        leaves: list[Any] = [
-            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors
-        ]
-        grad_output, grad_h_n, *inputs = leaves
-        outputs = reference.gru_differentiable(*inputs, batch_sizes)
-        seeds = [pair for pair in zip(outputs, (grad_output, grad_h_n), strict=True) if pair[1] is not None]
-        first = gradients([out for out, _ in seeds], inputs, [seed for _, seed in seeds], create_graph=True)
-        # From the backward operator's results, which have a direction axis, to the forward operator's arguments.
-        grad_grad_input, grad_grad_hx, *rest = grad_grads
-        second = [grad_grad_input, grad_grad_hx]
-        second += [None if gg is None else gg[direction] for direction in range(inputs[1].size(0)) for gg in rest]
-        second += [None] * (len(inputs) - len(second))
-        pairs = [(g, gg) for g, gg in zip(first, second, strict=True) if g is not None and gg is not None]
-        wanted = [leaf if need else None for leaf, need in zip(leaves, ctx.needs_input_grad, strict=False)]
-        grads = gradients([g for g, _ in pairs], wanted, [gg for _, gg in pairs], create_graph=keep_graph)
+    def composite(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return reference.gru_differentiable(*inputs, batch_sizes)
+
+    # From the backward operator's results, which have a direction axis, to the forward operator's arguments.
+    grad_grad_input, grad_grad_hx, *rest = grad_grads
+    second = [grad_grad_input, grad_grad_hx]
+    second += [None if gg is None else gg[direction] for direction in range(inputs[1].size(0)) for gg in rest]
+    second += [None] * (len(inputs) - len(second))
+    grads = second_order(composite, (grad_output, grad_h_n), inputs, second, ctx.needs_input_grad)
     return *grads, None, None, None, None, None
 
 
-def _define(backend: str, fake_train: Callable[..., Any] = _fake_train) -> GruOps:
-    infer, train, backward = (f"{backend}_gru_{kind}" for kind in ("infer", "train", "backward"))
-    LIBRARY.define(f"{infer}({_LAYER}) -> (Tensor output, Tensor h_n)", tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.define(f"{train}({_LAYER}) -> (Tensor output, Tensor h_n, Tensor gates)", tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.define(
-        f"{backward}(Tensor? grad_output, Tensor? grad_h_n, {_LAYER}, Tensor output, Tensor? gates, "
-        "bool need_input_grad, bool need_weight_grad) -> (Tensor grad_input, Tensor grad_hx, Tensor grad_w_ih, "
-        "Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh)",
-        tags=torch.Tag.pt2_compliant_tag,
-    )
-    namespace = torch.ops.fastgru
-    ops = GruOps(*(getattr(namespace, name).default for name in (infer, train, backward)))
-    fakes: tuple[Callable[..., Any], ...] = (_fake_infer, fake_train, _fake_backward)
-    for op, fake in zip(ops, fakes, strict=True):
-        torch.library.register_fake(op, fake, lib=LIBRARY)
-    for op, save, differentiate in (
-        (ops.infer, _save_infer, _infer_backward(ops)),
-        (ops.train, _save_train, _train_backward(ops)),
-        (ops.backward, _save_backward, _double_backward),
-    ):
-        torch.library.register_autograd(op, differentiate, setup_context=save, lib=LIBRARY)
-    return ops
+def _define(
+    backend: str,
+    kernels: tuple[Callable[..., Any], ...] = (),
+    key: str = "CompositeExplicitAutograd",
+    fake_train: Callable[..., Any] = _fake_train,
+    implementation: registry.Implementation | None = None,
+) -> GruOps:
+    passes = {
+        "infer": Pass(f"({_LAYER}) -> (Tensor output, Tensor h_n)", _fake_infer, _save_infer, _infer_backward),
+        "train": Pass(
+            f"({_LAYER}) -> (Tensor output, Tensor h_n, Tensor gates)", fake_train, _save_train, _train_backward
+        ),
+        "backward": Pass(
+            f"(Tensor? grad_output, Tensor? grad_h_n, {_LAYER}, Tensor output, Tensor? gates, "
+            "bool need_input_grad, bool need_weight_grad) -> (Tensor grad_input, Tensor grad_hx, Tensor grad_w_ih, "
+            "Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh)",
+            _fake_backward,
+            _save_backward,
+            lambda ops: _double_backward,
+        ),
+    }
+    return define_family("gru", backend, passes, GruOps, kernels, key, implementation)
 
 
-GRU_OPS = {name: _define(name) for name in ("reference", "triton", "cuda")}
-GRU_OPS["cpu"] = _define("cpu", _fake_train_cpu)
-GRU_OPS["cudnn"] = _define("cudnn", _fake_train_without_gates)
-
-for _name in ("reference", "cpu", "cudnn"):
-    registry.implement("gru", _name)
-registry.implement("gru", "triton", registry.Implementation(wins=triton.wins))
-registry.implement("gru", "cuda", registry.Implementation(wins=cuda.wins, refuses=cuda.refuses))
-
-
-for _name, _kernels, _key in (
-    (
-        "reference",
-        (reference.gru_differentiable, reference.gru_train, reference.gru_backward),
-        "CompositeExplicitAutograd",
-    ),
-    ("cuda", (cuda.gru_infer, cuda.gru_train, cuda.gru_backward), "CUDA"),
-    ("cudnn", (cudnn.gru_infer, cudnn.gru_train, cudnn.gru_backward), "CompositeExplicitAutograd"),
-    (
+GRU_OPS = {
+    "reference": _define("reference", (reference.gru_differentiable, reference.gru_train, reference.gru_backward)),
+    "triton": _define(
         "triton",
         (triton.operators.infer, triton.operators.train, triton.operators.backward),
         "CompositeExplicitAutograd" if INTERPRETED else "CUDA",
+        implementation=registry.Implementation(wins=triton.wins),
     ),
-):
-    for _op, _kernel in zip(GRU_OPS[_name], _kernels, strict=True):
-        LIBRARY.impl(_op, _kernel, _key)
-
+    "cuda": _define(
+        "cuda",
+        (cuda.gru_infer, cuda.gru_train, cuda.gru_backward),
+        "CUDA",
+        implementation=registry.Implementation(wins=cuda.wins, refuses=cuda.refuses),
+    ),
+    # The C++ library has the kernels.
+    "cpu": _define("cpu", fake_train=_fake_train_cpu),
+    "cudnn": _define(
+        "cudnn", (cudnn.gru_infer, cudnn.gru_train, cudnn.gru_backward), fake_train=_fake_train_without_gates
+    ),
+}
 
 # What fastgru/ops/gru/cuda.py launches; see recurrence.py beside it. The loops say why they do not run, or "".
 LIBRARY.define(
