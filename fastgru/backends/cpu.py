@@ -1,4 +1,4 @@
-"""The C++ CPU backend. Its operators are implemented in the compiled library; here are only its terms of use.
+"""Registers the CPU backend: C++ kernels in the compiled library, for every dtype they are compiled for.
 
 ``FASTGRU_CPU_ISA`` forces an instruction set; the library reads it, and its first call raises if it cannot be had.
 """

@@ -1,4 +1,4 @@
-"""What the commands share: errors meant for the user, option types, tables, JSON files."""
+"""Holds what the commands share: errors meant for the user, option types, tables, JSON files."""
 
 from __future__ import annotations
 

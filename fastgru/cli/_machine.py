@@ -1,4 +1,4 @@
-"""What a stored number has to carry to mean something later: machine, versions, commit."""
+"""Describes the machine, the versions and the commit, without which a stored number means nothing later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The attention modules: torch.nn.MultiheadAttention's interface, and a decoder that attends to its encoder."""
+"""Implements torch.nn.MultiheadAttention's interface, and a decoder that attends to its encoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Swapping torch's modules for fastgru's inside a model, and back.
+"""Swaps torch's modules for fastgru's inside a model, and back.
 
 A swap changes the class of a module and nothing else: parameters, buffers, hooks, ties, the training mode and every
 reference to the module stay as they are. ``TABLE`` lists the pairs of classes.

@@ -1,4 +1,4 @@
-"""GRU and GRUCell: torch.nn's modules in every respect but the kernels."""
+"""Implements GRU and GRUCell, torch.nn's modules in every respect but the kernels."""
 
 from __future__ import annotations
 

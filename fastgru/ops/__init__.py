@@ -1,4 +1,4 @@
-"""Operators: schema, argument checks, fake kernels and autograd. Importing this package registers them."""
+"""Defines the operators by families, and exports the functions that check arguments and call them."""
 
 from fastgru.ops.additive.api import additive_attention
 from fastgru.ops.attention.api import attention_weights, flash_attention, scaled_dot_product_attention

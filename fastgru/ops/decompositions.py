@@ -1,4 +1,4 @@
-"""The operators of this package in torch's own, for tools that read an exported program and know no others."""
+"""Decomposes the operators of this package into torch's own, for tools that read an exported program."""
 
 from __future__ import annotations
 

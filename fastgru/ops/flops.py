@@ -1,4 +1,4 @@
-"""What torch.utils.flop_counter.FlopCounterMode counts for the operators of this package.
+"""Tells torch.utils.flop_counter.FlopCounterMode what to count for the operators of this package.
 
 By torch's conventions: two for each multiplication and addition of a matrix product, nothing for all else, and
 attention as if every query saw every key. So a GRU has the count of nn.GRU with an initial state that wants its

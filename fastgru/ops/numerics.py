@@ -1,4 +1,4 @@
-"""Widens dtypes for computation, and keeps autocast out of operators."""
+"""Widens dtypes for computation, applies autocast to arguments, and keeps it out of operators."""
 
 from __future__ import annotations
 

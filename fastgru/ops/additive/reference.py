@@ -1,4 +1,4 @@
-"""Additive attention in plain torch, a piece of the scores at a time.
+"""Computes additive attention in plain torch, a piece of the scores at a time.
 
     s_ij = weight . tanh(q_i + k_j), -inf for j >= k_length    p_ij = exp(s_ij - m_i) / l_i    o_i = sum_j p_ij v_j
 

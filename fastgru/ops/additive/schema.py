@@ -1,4 +1,4 @@
-"""The operators of additive attention: schema, fake kernel and autograd, each defined once."""
+"""Defines the operators of additive attention: schema, fake kernel and autograd."""
 
 from __future__ import annotations
 

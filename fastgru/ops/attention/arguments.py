@@ -1,4 +1,4 @@
-"""Checks the arguments of attention, and holds those of its operators."""
+"""Defines the arguments of attention's operators, and checks those of its functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs attention in eager mode: without torch's dispatcher where it can, and with less autograd than the operators'."""
+"""Runs attention in eager mode: on the fast path where it applies, else with a lighter autograd than the operators'."""
 
 from __future__ import annotations
 

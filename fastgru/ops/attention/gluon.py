@@ -1,4 +1,4 @@
-"""Attention for Hopper (sm_90): the kernels of kernels/attn_sm90_*.py, which the C++ library launches.
+"""Launches the attention kernels for Hopper (sm_90), which are written in Gluon, through the C++ library.
 
 They were compiled ahead of time, travel in the CUDA wheels as cubins, with a manifest that says how each is launched
 (tools/build_cubins.py), and need neither a compiler nor Triton. A problem that has a kernel forward has one backward.

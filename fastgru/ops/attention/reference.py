@@ -1,4 +1,4 @@
-"""Attention in plain torch, on any device: the oracle, the fallback, and the path of double backward.
+"""Computes attention in plain torch, on any device: the oracle, the fallback, and the path of double backward.
 
 With query i of a head and key j of its group:
 

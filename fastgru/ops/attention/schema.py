@@ -1,4 +1,4 @@
-"""The attention operators of every backend: schema, fake kernel and autograd, each defined once.
+"""Defines the operators of attention: schema, fake kernel and autograd, each once for all backends.
 
 ``<backend>_attention_forward`` returns the output [B, Hq, Lq, Dv], laid out like ``query``; the log of the sum of the
 exponentials of the scores, lse [B, Hq, Lq], in the type computed in; and for the backward pass statistics

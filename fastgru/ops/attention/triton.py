@@ -1,4 +1,4 @@
-"""Launches the attention kernels of ``fastgru.kernels``. Triton is imported at the first call.
+"""Launches the attention kernels in Triton, which is imported at the first call.
 
 The statistics that forward saves for backward, float32 [2, B, Hq, Lq], mean the same here and in
 :mod:`fastgru.ops.attention.gluon`, since ``auto`` may take the forward pass of one and the backward pass of the other:

@@ -1,4 +1,4 @@
-"""The functions behind the modules: a stack of GRU layers, and one GRU step, on the backend the registry picks."""
+"""Runs a stack of GRU layers, or one GRU step, on the backend that the registry picks."""
 
 from __future__ import annotations
 

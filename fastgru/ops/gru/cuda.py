@@ -1,4 +1,4 @@
-"""The GRU in CUDA C++: what ``fastgru.ops.gru.recurrence`` launches, with the kernels of ``csrc/cuda``.
+"""Launches the recurrence of a GRU layer in CUDA C++, with the kernels of ``csrc/cuda``.
 
 The whole recurrence is one launch that keeps W_hh on chip, spread over a cluster of blocks or over the whole grid; the
 compiled library chooses between the two. What neither can run it refuses, with the reason, and so does a launch that

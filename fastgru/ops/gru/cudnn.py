@@ -1,4 +1,4 @@
-"""nn.GRU's own kernels on a GPU: cuDNN's (MIOpen's on AMD), or ATen's for what PyTorch keeps from them.
+"""Runs nn.GRU's own kernels on a GPU: cuDNN's (MIOpen's on AMD), or ATen's for what PyTorch keeps from them.
 
 They are here so that ``auto`` can take them where they are faster, and to be compared with. cuDNN keeps what its
 backward needs in a buffer of its own, which an operator of ours cannot return: in eager mode the autograd graph of

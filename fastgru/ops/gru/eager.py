@@ -1,4 +1,4 @@
-"""Runs the GRU in eager mode: without torch's dispatcher where it can, and with less autograd than the operators'.
+"""Runs the GRU in eager mode: on the fast path where it applies, else with a lighter autograd than the operators'.
 
 Only what is plain goes without the dispatcher: dense tensors of one dtype on the CPU, of the right sizes, with no mode
 of torch active. Everything else, errors included, is left to the operators.

@@ -1,4 +1,4 @@
-"""A GRU layer around a recurrence on the GPU: all that the backends ``triton`` and ``cuda`` have in common.
+"""Computes a GRU layer around a recurrence on the GPU, for the backends ``triton`` and ``cuda``.
 
 One layer: the input projection of all rows as one product; the recurrence; backwards a recurrence that leaves the
 gradients of the gates, then the products over all rows, without atomics. What a backend brings is its ``Kernels``.

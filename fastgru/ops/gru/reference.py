@@ -1,4 +1,4 @@
-"""The GRU in plain torch, on any device: the oracle, the fallback, and the path of double backward.
+"""Computes the GRU in plain torch, on any device: the oracle, the fallback, and the path of double backward.
 
 One layer, directions d < D. With i = x W_ih^T + b_ih and g = h W_hh^T + b_hh, split in the gates r, z, n:
 

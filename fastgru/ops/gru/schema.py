@@ -1,4 +1,4 @@
-"""The GRU's operators: schema, fake kernel and autograd, each defined once for all backends.
+"""Defines the operators of the GRU: schema, fake kernel and autograd, each once for all backends.
 
 One operator is one GRU layer, in one or both directions (D = 2 iff ``w_ih_reverse`` is given). Shapes: input [T, B, I],
 or packed [N, I] with ``batch_sizes`` (int64 on the CPU, [T], never growing); hx and h_n [D, B, H]; output [T, B, D*H]

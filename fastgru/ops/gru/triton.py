@@ -1,4 +1,4 @@
-"""The GRU in Triton: what ``fastgru.ops.gru.recurrence`` launches, with the kernels of ``fastgru.kernels``.
+"""Launches the recurrence of a GRU layer in Triton.
 
 Where W_hh fits beside the working set of one program, a single launch runs the whole sequence; else there is one launch
 per step, back to back, with nothing in between that waits for the GPU or asks for memory.
