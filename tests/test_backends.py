@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import os
+import queue
 import shutil
 import subprocess
 import sys
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +67,18 @@ def test_use_backend_holds_when_called_plainly() -> None:
 
 def test_a_block_is_of_its_thread_and_a_plain_call_of_all() -> None:
     def elsewhere() -> str:
-        found: list[str] = []
-        thread = threading.Thread(target=lambda: found.append(registry.requested()))
-        thread.start()
-        thread.join()
-        return found[0]
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(registry.requested).result()
+
+    def in_a_thread_of_autograd() -> str:
+        """In one that Python did not start, as a backward pass on a GPU."""
+        found: queue.SimpleQueue[str] = queue.SimpleQueue()
+        _thread.start_new_thread(lambda: found.put(registry.requested()), ())
+        return found.get(timeout=60)
 
     outside = registry.requested()
     with fastgru.use_backend("reference"):
-        assert registry.requested() == "reference" and elsewhere() == outside
+        assert registry.requested() == in_a_thread_of_autograd() == "reference" and elsewhere() == outside
         fastgru.use_backend("auto")  # within a block: of the block
         assert registry.requested() == "auto" and elsewhere() == outside
     plain = fastgru.use_backend("reference")
@@ -84,7 +89,7 @@ def test_a_block_is_of_its_thread_and_a_plain_call_of_all() -> None:
         assert registry.requested() == elsewhere() == "reference"
     finally:
         registry._process = plain._before[0]
-    assert registry.requested() == elsewhere() == outside
+    assert registry.requested() == elsewhere() == in_a_thread_of_autograd() == outside
 
 
 def test_a_compiled_function_follows_the_block_of_its_thread() -> None:

@@ -92,6 +92,10 @@ class _Block(threading.local):
 
     choice: _Choice | None = None
 
+    def __init__(self) -> None:
+        # Of autograd, as a rule, whose threads run the backward passes on GPUs, and forward passes for checkpoints.
+        self.not_started_by_python = threading.current_thread().name.startswith("Dummy-")
+
 
 _backends: dict[str, Backend] = {}
 _implementations: dict[tuple[str, str], Implementation] = {}
@@ -99,9 +103,8 @@ _warned: set[tuple[str, torch.dtype, str]] = set()
 _choices: weakref.WeakSet[_Choice] = weakref.WeakSet()
 _process = _Choice(None)
 _block = _Block()
-# How many blocks are open, in all threads: without any there is no need to look for the thread's.
-_open = 0
-_lock = threading.Lock()
+# The choices of all open blocks, of all threads: without any there is no need to look for the thread's.
+_open: list[_Choice] = []
 
 
 def register(backend: Backend) -> None:
@@ -145,12 +148,18 @@ def requested() -> str:
     Raises:
         ValueError: the name is not known.
     """
-    choice = _process if _block.choice is None else _block.choice
+    choice = _current()
     if choice.name is not None:
         return choice.name
     name = os.environ.get("FASTGRU_BACKEND") or AUTO
     _check_name(name, "FASTGRU_BACKEND: ")
     return name
+
+
+def _current() -> _Choice:
+    if _block.choice is not None:
+        return _block.choice
+    return _open[-1] if _block.not_started_by_python and _open else _process
 
 
 def _check_name(name: str, prefix: str = "") -> None:
@@ -163,7 +172,8 @@ class use_backend:
     """Choose the backend for the whole process: ``use_backend("cpu")``.
 
     Called plainly it holds for every thread until the next call. As a context manager it holds for the block, in the
-    thread that entered it: threads started within do not inherit it. A plain call within a block ends with the block.
+    thread that entered it: threads started within do not inherit it. (Those of autograd, which Python does not know, go
+    by the block entered last.) A plain call within a block ends with the block.
     ``"auto"`` gives the choice back to fastgru. A graph built under one backend runs its backward on that same backend,
     whatever is chosen later.
 
@@ -186,22 +196,19 @@ class use_backend:
             _block.choice = self._choice
 
     def __enter__(self) -> None:
-        global _open, _process
+        global _process
         process, block = self._before
         # That it is a block is known only now.
         if block is None and _process is self._choice:
             _process = process
         _block.choice = self._choice
-        with _lock:
-            _open += 1
+        _open.append(self._choice)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        global _open
         _block.choice = self._before[1]
-        with _lock:
-            _open -= 1
+        _open.remove(self._choice)
 
 
 def select(family: str, device: torch.device | str, dtype: torch.dtype) -> Backend:
@@ -214,7 +221,7 @@ def select(family: str, device: torch.device | str, dtype: torch.dtype) -> Backe
     if torch.compiler.is_compiling():
         # Traced, so that the graph is guarded on the choice; a cache that changes would only make it compile again.
         return _choose(family, device, dtype)
-    choice = _process if _block.choice is None else _block.choice
+    choice = _current()
     backend = choice.chosen.get((family, device, dtype))
     if backend is None:
         backend = choice.chosen[family, device, dtype] = _choose(family, device, dtype)
@@ -223,7 +230,7 @@ def select(family: str, device: torch.device | str, dtype: torch.dtype) -> Backe
 
 def selected(family: str, device: torch.device | str, dtype: torch.dtype) -> Backend | None:
     """What :func:`select` chose when it was last called for these, if that still holds."""
-    choice = _process if not _open or _block.choice is None else _block.choice
+    choice = _current() if _open else _process
     return choice.chosen.get((family, device, dtype))
 
 
