@@ -30,6 +30,17 @@ def _gru_train(input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tensor | Non
     return results if results is NotImplemented else (*results, input.new_empty(0))
 
 
+# No statistics either: an exporter may keep the node that takes them of the results.
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    output, lse = attention_differentiable(*arguments)
+    return output, lse, lse.new_empty(0)
+
+
+def _additive(*arguments: Any) -> tuple[Tensor, Tensor]:
+    output = additive_differentiable(*arguments)
+    return output, output.new_empty(0)
+
+
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """A table of decompositions of this package's operators, as ``ExportedProgram.run_decompositions`` takes it.
 
@@ -47,7 +58,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     for gru in GRU_OPS.values():
         table |= {gru.infer: _gru_infer, gru.train: _gru_train}
     for attention in ATTENTION_OPS.values():
-        table[attention.forward] = attention_differentiable
+        table[attention.forward] = _attention
     for additive in ADDITIVE_OPS.values():
-        table[additive.forward] = additive_differentiable
+        table[additive.forward] = _additive
     return table

@@ -45,7 +45,8 @@ class TrainFunction(torch.autograd.Function):
         found = fast_path.functions.train(*inputs) if _may_be_direct(ops, inputs) else None
         if found is None:
             found = call(ops.train, *inputs, *NO_TENSORS[len(inputs) :])
-            if found[0]._version:  # as a rule it is 0
+            # As a rule it is 0. (Dynamo, which may trace this below a break of its graph, cannot branch on it.)
+            if not torch.compiler.is_compiling() and found[0]._version:
                 ctx.version = found[0]._version
         output, h_n, gates = found
         ctx.set_materialize_grads(False)
