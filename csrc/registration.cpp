@@ -1,5 +1,5 @@
-// Implementations for the operators that fastgru/ops/schema.py defines, through torch's stable ABI: one library serves
-// every Python and every torch from 2.10 on.
+// Registers the CPU implementations of the operators that fastgru/ops/*/schema.py defines, through torch's stable ABI:
+// one library serves every Python and every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/attention/op.h"
@@ -11,10 +11,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastgru, CPU, m) {
   m.impl("cpu_gru_infer", TORCH_BOX(&fastgru::gru_infer));
   m.impl("cpu_gru_train", TORCH_BOX(&fastgru::gru_train));
   m.impl("cpu_gru_backward", TORCH_BOX(&fastgru::gru_backward));
-  m.impl("cpu_attention", TORCH_BOX(&fastgru::attention));
+  m.impl("cpu_attention_forward", TORCH_BOX(&fastgru::attention));
   m.impl("cpu_attention_backward", TORCH_BOX(&fastgru::attention_backward));
-  m.impl("cpu_plain_attention", TORCH_BOX(&fastgru::plain_attention));
-  m.impl("cpu_plain_attention_backward", TORCH_BOX(&fastgru::plain_attention_backward));
+  m.impl("cpu_attention_plain_forward", TORCH_BOX(&fastgru::plain_attention));
+  m.impl("cpu_attention_plain_backward", TORCH_BOX(&fastgru::plain_attention_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgru, CompositeExplicitAutograd, m) {

@@ -1,6 +1,6 @@
-"""Every private name of torch that this package reads, each with what it is for and what is done without it.
+"""Looks up every private name of torch that this package reads, each with its use and what is done without it.
 
-A version of torch without one of them loses what stands beside it and no more. The names are looked up here, when the
+A version of torch without one of them loses what its comment says and no more. The names are looked up here, when the
 package is imported, and nowhere else.
 """
 
@@ -28,7 +28,7 @@ def _find(name: str, instead: Any) -> Any:
 
 
 #: False only where no device has autocast on: the question that is asked before that for the device's own, which takes
-#: longer. Without it that one is asked, and attention goes the long way.
+#: longer. Without it that one is asked, and attention takes the general path.
 is_any_autocast_enabled: Callable[[], bool] = _find("_C._is_any_autocast_enabled", lambda: True)
 
 #: Whether torch.jit.trace is at work. Instead torch's public function, which calls it.
@@ -42,7 +42,7 @@ are_functorch_transforms_active: Callable[[], bool] = _find("_C._are_functorch_t
 #: a batch by its lengths, and stops where they are read.
 len_torch_dispatch_stack: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 0)
 
-#: How many modes see every function of torch. Without it attention goes the long way, where they are asked.
+#: How many modes see every function of torch. Without it attention takes the general path, where they are asked.
 len_torch_function_stack: Callable[[], int] = _find("_C._len_torch_function_stack", lambda: 1)
 
 #: The module whose ``_current_level`` is not negative within forward-mode differentiation, which goes through the

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgru.ops import flash_attention
-from fastgru.ops.attention import _tensor
+from fastgru.ops.attention.arguments import _tensor
 
 __all__ = [
     "flash_attn_func",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastgru
-from fastgru import _lib
+from fastgru import _library
 
 pytest_plugins = ["tests.compatibility"]
 
@@ -20,7 +20,7 @@ BACKENDS = ["reference", "cpu"]
 # Every instruction set of the C++ backend.
 ENGINES = [
     "reference",
-    *(["cpu"] if _lib.load_error else [f"cpu-{isa}" for isa in torch.ops.fastgru.cpu_isas().split(",")]),
+    *(["cpu"] if _library.load_error else [f"cpu-{isa}" for isa in torch.ops.fastgru.cpu_isas().split(",")]),
 ]
 
 
@@ -58,18 +58,18 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
 def _poison() -> Iterator[None]:
     """Fills fresh memory with NaN, torch's and the compiled library's."""
     torch.use_deterministic_algorithms(True)
-    if _lib.load_error is None:
+    if _library.load_error is None:
         torch.ops.fastgru.cpu_set_poison(True)
     yield
     torch.use_deterministic_algorithms(False)
-    if _lib.load_error is None:
+    if _library.load_error is None:
         torch.ops.fastgru.cpu_set_poison(False)
 
 
 @pytest.fixture(params=[0, 5], ids=["one chunk", "chunks of 5 tokens"])
 def chunks(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs the test with the compiled backward pass as it is, and cut into many chunks of the sequence."""
-    if _lib.load_error is not None:
+    if _library.load_error is not None:
         if request.param:
             pytest.skip("only the compiled library works in chunks")
         yield

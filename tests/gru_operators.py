@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgru.ops.schema import GruOps
+from fastgru.ops.gru.schema import GruOps
 
 
 def layer(

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgru
 from fastgru import flash_attn, testing
-from fastgru.ops.attention_schema import ATTENTION_OPS
+from fastgru.backends import registry
+from fastgru.ops.attention.schema import ATTENTION_OPS
 
 NAN = float("nan")
 
@@ -389,13 +390,15 @@ def test_autocast(backend: str) -> None:
 
 
 def test_a_backend_without_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(ATTENTION_OPS, "cpu")
-    monkeypatch.setattr("fastgru.ops.attention._warned", set())
+    monkeypatch.delitem(registry._implementations, ("attention", "cpu"))
+    monkeypatch.setattr(registry, "_warned", set())
     if fastgru.explain().count("cpu: chosen"):
-        with pytest.warns(RuntimeWarning, match="'cpu' has no attention"):
+        assert "attention: runs on 'reference'" in fastgru.explain()
+        with fastgru.use_backend("auto"), pytest.warns(RuntimeWarning, match="'cpu' has no attention"):
             fastgru.flash_attention(*qkv(), return_lse=True)
         with fastgru.use_backend("cpu"), pytest.raises(fastgru.BackendUnavailable, match="has no attention"):
             fastgru.flash_attention(*qkv(), return_lse=True)
+    assert "additive attention: runs on 'reference'" in fastgru.explain()
 
 
 # ---- the operators of few arguments ----
@@ -428,7 +431,7 @@ PLAIN: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.skipif(fastgru._lib.load_error is not None, reason="they are the C++ library's")
+@pytest.mark.skipif(fastgru._library.load_error is not None, reason="they are the C++ library's")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [options for _, options in PLAIN], ids=[name for name, _ in PLAIN])
 def test_few_arguments_compute_the_same(options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -443,13 +446,13 @@ def test_few_arguments_compute_the_same(options: dict[str, Any], dtype: torch.dt
             with torch.no_grad():
                 results[-1].append(fastgru.flash_attention(*tensors, **options, **extra))
         names.append(recorded.names)
-    assert names[0] == ["plain_attention", "plain_attention_backward", "plain_attention"]
-    assert names[1] == ["attention", "attention_backward", "attention"]
+    assert names[0] == ["attention_plain_forward", "attention_plain_backward", "attention_plain_forward"]
+    assert names[1] == ["attention_forward", "attention_backward", "attention_forward"]
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b) and a.stride() == b.stride()
 
 
-@pytest.mark.skipif(fastgru._lib.load_error is not None, reason="they are the C++ library's")
+@pytest.mark.skipif(fastgru._library.load_error is not None, reason="they are the C++ library's")
 def test_few_arguments_where_nothing_else_is_asked_for() -> None:
     tensors = qkv()
 
@@ -460,16 +463,16 @@ def test_few_arguments_where_nothing_else_is_asked_for() -> None:
 
     q, k, v = tensors
     sdpa = fastgru.scaled_dot_product_attention
-    assert names(lambda: sdpa(q, k, v)) == ["plain_attention"]
-    assert names(lambda: sdpa(q[:, 0], k[:, 0], v[:, 0])) == ["plain_attention"]
-    assert names(lambda: sdpa(q, k[:, :1], v[:, :1])) == ["plain_attention"]
+    assert names(lambda: sdpa(q, k, v)) == ["attention_plain_forward"]
+    assert names(lambda: sdpa(q[:, 0], k[:, 0], v[:, 0])) == ["attention_plain_forward"]
+    assert names(lambda: sdpa(q, k[:, :1], v[:, :1])) == ["attention_plain_forward"]
     with torch.autocast("cpu", torch.bfloat16):
-        assert names(lambda: sdpa(q, k, v)) == ["attention"]
-    assert names(lambda: sdpa(q, k, v, torch.zeros(5, 7))) == ["attention"]
-    assert names(lambda: fastgru.flash_attention(q, k, v, softcap=2.0)) == ["attention"]
+        assert names(lambda: sdpa(q, k, v)) == ["attention_forward"]
+    assert names(lambda: sdpa(q, k, v, torch.zeros(5, 7))) == ["attention_forward"]
+    assert names(lambda: fastgru.flash_attention(q, k, v, softcap=2.0)) == ["attention_forward"]
     assert names(lambda: vmap(sdpa)(*(t[None] for t in tensors))) == []
     with fastgru.use_backend("reference"):
-        assert names(lambda: sdpa(q, k, v)) == ["fastgru::reference_attention"]
+        assert names(lambda: sdpa(q, k, v)) == ["fastgru::reference_attention_forward"]
     # What is to be differentiated again.
     grads = torch.autograd.grad(sdpa(q, k, v).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
@@ -480,7 +483,7 @@ def test_few_arguments_where_nothing_else_is_asked_for() -> None:
 # ---- memory ----
 
 
-@pytest.mark.skipif(fastgru._lib.load_error is not None, reason="the reference backend has its own test")
+@pytest.mark.skipif(fastgru._library.load_error is not None, reason="the reference backend has its own test")
 def test_memory_is_linear_in_the_lengths() -> None:
     peaks = []
     for length in (2000, 8000):

@@ -28,9 +28,13 @@ from torch import Tensor
 
 import fastgru
 from fastgru import testing
-from fastgru.backends import gluon, gpu_table, reference_attention, registry, triton_attention
-from fastgru.backends.reference_attention import Attention
-from fastgru.ops.attention_schema import ATTENTION_OPS
+from fastgru.backends import gluon as backend
+from fastgru.backends import measured, registry
+from fastgru.ops.attention import arguments, gluon
+from fastgru.ops.attention import reference as reference_attention
+from fastgru.ops.attention import triton as triton_attention
+from fastgru.ops.attention.arguments import Attention
+from fastgru.ops.attention.schema import ATTENTION_OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = runpy.run_path(str(ROOT / "tools" / "build_cubins.py"))
@@ -84,7 +88,7 @@ def test_key_blocks_against_every_pair(common: Any) -> None:
 def attention(a: Attention, kernel: Any, programs: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Output, lse and statistics, by the kernel's source, launched as the backend launches it."""
     variant = VARIANTS[gluon._name(a)]
-    output = torch.full_like(reference_attention.empty_like_layout(a.query, a.value.size(3)), math.nan)
+    output = torch.full_like(arguments.empty_like_layout(a.query, a.value.size(3)), math.nan)
     lse, statistics = (torch.full(shape, math.nan) for shape in (a.query.shape[:3], (2, *a.query.shape[:3])))
     emulator.launch_variant(variant, kernel, gluon.arguments_of(a, output, lse, statistics), programs, seed=seed)
     return output, lse, statistics
@@ -152,7 +156,7 @@ def test_like_the_reference(name: str, columns: int, forward: Any) -> None:
     torch.testing.assert_close(statistics.double(), want_statistics, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.skipif(gluon._available() is not None, reason="needs a Hopper GPU and the kernels of a CUDA wheel")
+@pytest.mark.skipif(backend._available() is not None, reason="needs a Hopper GPU and the kernels of a CUDA wheel")
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("name", CASES)
 def test_on_the_gpu_as_emulated(name: str, columns: int, forward: Any) -> None:
@@ -478,7 +482,7 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         monkeypatch.setattr(gluon, "TABLE", path)
         gluon._measured.cache_clear()
 
-    monkeypatch.setattr(gpu_table, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(measured, "architecture", lambda device: "sm_90")
     yield write
     gluon._measured.cache_clear()
 
@@ -494,10 +498,15 @@ def test_auto_goes_by_measurements(table: Any) -> None:
         ({"Lk": 300}, False),
         ({"Lk": 1024, "right": 0}, False),
     ):
-        assert gluon.wins(problem(case)) == ahead
-    assert [gluon.wins(problem({"Lk": length}), backward=True) for length in (1500, 5000, 300)] == [False, True, False]
-    assert not gluon.wins(problem({"D": 128, "Lk": 1024}))
-    assert gluon.faster(problem({"Lk": 1024})) == (False, False)  # not on a GPU
+        assert gluon.is_faster(problem(case)) == ahead
+    assert [gluon.is_faster(problem({"Lk": length}), backward=True) for length in (1500, 5000, 300)] == [
+        False,
+        True,
+        False,
+    ]
+    assert not gluon.is_faster(problem({"D": 128, "Lk": 1024}))
+    on_cpu = gluon.Pass(problem({"Lk": 1024}), False), gluon.Pass(problem({"Lk": 1024}), True)
+    assert not any(gluon.wins(torch.device("cpu"), torch.bfloat16, one) for one in on_cpu)
 
 
 def test_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,7 +524,7 @@ def test_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         # Said once, and not tried again: a second warning would be an error.
         again, _, _ = gluon.attention(*a)
     assert torch.equal(output, reference_attention.attention(*a)[0]) and torch.equal(output, again)
-    monkeypatch.setattr(registry, "_requested", "gluon")
+    monkeypatch.setattr(registry._process, "name", "gluon")
     with pytest.raises(fastgru.BackendUnavailable, match="no kernel image"):
         gluon.attention(*a)
     with pytest.raises(fastgru.BackendUnavailable, match="a window to the left"):
@@ -528,10 +537,10 @@ def test_by_name_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(fastgru.BackendUnavailable, match="'gluon' cannot run"):
             fastgru.use_backend("gluon")
     # With all in place it is for attention, and has no GRU.
-    everywhere = registry.Backend("gluon", ("cpu",), 55, lambda: None, lambda *_: None, attention_only=True)
+    everywhere = registry.Backend("gluon", ("cpu",), 65, lambda: None, lambda *_: None)
     monkeypatch.setitem(registry._backends, "gluon", everywhere)
     with fastgru.use_backend("auto"):
         assert "gluon: for attention only where it was measured to be faster" in fastgru.explain()
-        assert registry.select("cpu", torch.float32).name != "gluon"
+        assert registry.select("gru", "cpu", torch.float32).name != "gluon"
     with fastgru.use_backend("gluon"), pytest.raises(fastgru.BackendUnavailable, match="has no GRU"):
         fastgru.GRU(2, 3)(torch.zeros(1, 1, 2))

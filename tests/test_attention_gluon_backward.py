@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gluon_emulator as emulator
@@ -19,10 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgru
 from fastgru import testing
-from fastgru.backends import gluon, reference_attention, registry, triton_attention
-from fastgru.backends.reference_attention import Attention
-from fastgru.ops import attention
-from fastgru.ops.attention_schema import ATTENTION_OPS
+from fastgru.backends import gluon as backend
+from fastgru.backends import registry
+from fastgru.ops.attention import api as attention
+from fastgru.ops.attention import gluon
+from fastgru.ops.attention import reference as reference_attention
+from fastgru.ops.attention import triton as triton_attention
+from fastgru.ops.attention.arguments import Attention
+from fastgru.ops.attention.schema import ATTENTION_OPS
 
 SOURCES = ("attention_sm90.common", "attention_sm90.backward")
 
@@ -178,7 +181,7 @@ def test_equal_scores(D: int, kernels: Any, forward: Any) -> None:
     assert not found[0].any() and not found[1].any()
 
 
-@pytest.mark.skipif(gluon._available() is not None, reason="needs a Hopper GPU and the kernels of a CUDA wheel")
+@pytest.mark.skipif(backend._available() is not None, reason="needs a Hopper GPU and the kernels of a CUDA wheel")
 @pytest.mark.parametrize("name", CASES)
 def test_on_the_gpu_as_emulated(name: str, kernels: Any) -> None:
     torch.manual_seed(0)
@@ -483,25 +486,25 @@ def test_what_runs_backward(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.warns(RuntimeWarning, match="too many blocks"):
             assert gluon.attention_backward(*arguments) == "triton"
         assert gluon.attention_backward(*arguments) == "triton"
-    monkeypatch.setattr(registry, "_requested", "gluon")
+    monkeypatch.setattr(registry._process, "name", "gluon")
     with pytest.raises(fastgru.BackendUnavailable, match="backward pass: the kernel does not start"):
         gluon.attention_backward(*arguments)
     arguments = (None, None, *a._replace(softcap=1.0), *arguments[-3:])
     with pytest.raises(fastgru.BackendUnavailable, match="backward pass: it has no kernel with softcap"):
         gluon.attention_backward(*arguments)
-    monkeypatch.setattr(registry, "_requested", "auto")
+    monkeypatch.setattr(registry._process, "name", "auto")
     monkeypatch.setattr(gluon, "_broken", [])
     assert gluon.attention_backward(*arguments) == "triton"
 
 
 def test_explain_tells_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gluon, "manifest", lambda: dict.fromkeys(VARIANTS))
-    everywhere = registry.Backend("gluon", ("cpu",), 55, lambda: None, lambda *_: None, None, None, True, gluon.covers)
+    monkeypatch.setattr(backend, "manifest", lambda: dict.fromkeys(VARIANTS))
+    everywhere = registry.Backend("gluon", ("cpu",), 65, lambda: None, lambda *_: None)
     monkeypatch.setitem(registry._backends, "gluon", everywhere)
     with fastgru.use_backend("auto"):
         found = fastgru.explain(dtype=torch.bfloat16)
     assert "forward and backward with D = 64, 128, 256" in found
-    assert "backward with D = none" in gluon.covers(torch.float32)
+    assert "backward with D = none" in backend.covers(torch.float32)
     # Whatever has a kernel forward has those of the way back.
     for name in VARIANTS:
         _, _, rest = name.partition("attention_forward_")
@@ -510,10 +513,12 @@ def test_explain_tells_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("directions", list(itertools.product((False, True), repeat=2)))
 def test_auto_chooses_each_direction(directions: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gluon, "faster", lambda a: directions)
-    monkeypatch.setattr(attention, "_choose_backend", lambda query: ATTENTION_OPS["triton"])
-    on_gpu = SimpleNamespace(is_cuda=True)
+    for name, priority in (("gluon", 999), ("triton", 998)):
+        everywhere = registry.Backend(name, ("cpu",), priority, lambda: None, lambda *_: None)
+        monkeypatch.setitem(registry._backends, name, everywhere)
+    how = registry.Implementation(wins=lambda device, dtype, problem: problem is not None and directions[problem[1]])
+    monkeypatch.setitem(registry._implementations, ("attention", "gluon"), how)
     with fastgru.use_backend("auto"):
-        ops = attention._choose((on_gpu, *problem({"Lq": 3, "Lk": 4})[1:]))
+        ops = attention._choose(tuple(problem({"Lq": 3, "Lk": 4})))
     names = ["gluon" if chosen else "triton" for chosen in directions]
     assert list(ops) == [ATTENTION_OPS[names[0]].forward, ATTENTION_OPS[names[1]].backward]

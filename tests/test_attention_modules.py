@@ -162,7 +162,7 @@ def additive_problem(dtype: torch.dtype = torch.float64) -> list[Tensor]:
 @pytest.mark.parametrize("piece", [1, 30, 1 << 22])
 @pytest.mark.parametrize("lengths", [None, (7, 3, 1)])
 def test_additive_attention(monkeypatch: pytest.MonkeyPatch, piece: int, lengths: tuple[int, ...] | None) -> None:
-    monkeypatch.setattr("fastgru.backends.reference_additive._PIECE", piece)
+    monkeypatch.setattr("fastgru.ops.additive.reference._PIECE", piece)
     tensors = additive_problem()
     k_lengths = None if lengths is None else torch.tensor(lengths)
     runs = []
@@ -182,7 +182,7 @@ def test_additive_attention_derivatives_and_operators() -> None:
     assert gradcheck(function, tensors, fast_mode=True)
     assert gradgradcheck(function, tensors, fast_mode=True)
     query, key, value, weight = tensors
-    torch.library.opcheck(torch.ops.fastgru.additive_attention.default, (query, key, weight, value, lengths))
+    torch.library.opcheck(torch.ops.fastgru.reference_additive_forward.default, (query, key, weight, value, lengths))
     output = function(*tensors)
     assert not output[2].any()
     torch._dynamo.reset()
@@ -209,10 +209,10 @@ def test_additive_attention_never_holds_every_hidden_unit_of_every_score() -> No
             return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastgru.backends.reference_additive._PIECE", 1 << 18)
+        patch.setattr("fastgru.ops.additive.reference._PIECE", 1 << 18)
         with Watch():
-            output = fastgru.backends.reference_additive.additive(query, key, weight, key, None)
-            fastgru.backends.reference_additive.additive_backward(output[0], query, key, weight, key, None, *output)
+            output = fastgru.ops.additive.reference.additive(query, key, weight, key, None)
+            fastgru.ops.additive.reference.additive_backward(output[0], query, key, weight, key, None, *output)
     assert max(largest) <= 1 << 18
 
 

@@ -20,9 +20,10 @@ from test_triton_compiles import disassemble
 from torch import Tensor
 
 from fastgru import testing
-from fastgru.backends import reference_attention, triton_attention
-from fastgru.backends.reference_attention import Attention
-from fastgru.ops.attention_schema import ATTENTION_OPS
+from fastgru.ops.attention import reference as reference_attention
+from fastgru.ops.attention import triton as triton_attention
+from fastgru.ops.attention.arguments import Attention
+from fastgru.ops.attention.schema import ATTENTION_OPS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

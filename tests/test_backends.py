@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import _thread
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fastgru
-from fastgru import _lib
+from fastgru import _library
 from fastgru.backends import registry
 
 
@@ -48,7 +52,7 @@ def test_the_environment_chooses() -> None:
 def test_use_backend_nests_and_restores() -> None:
     before = registry.requested()
     with fastgru.use_backend("reference"):
-        assert registry.select("cpu", torch.float32).name == "reference"
+        assert registry.select("gru", "cpu", torch.float32).name == "reference"
         with fastgru.use_backend("auto"):
             assert registry.requested() == "auto"
         assert registry.requested() == "reference"
@@ -58,7 +62,57 @@ def test_use_backend_nests_and_restores() -> None:
 def test_use_backend_holds_when_called_plainly() -> None:
     with fastgru.use_backend("auto"):
         fastgru.use_backend("reference")
-        assert registry.select("cpu", torch.float32).name == "reference"
+        assert registry.select("gru", "cpu", torch.float32).name == "reference"
+
+
+def test_a_block_is_of_its_thread_and_a_plain_call_of_all() -> None:
+    def elsewhere() -> str:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(registry.requested).result()
+
+    def in_a_thread_of_autograd() -> str:
+        """In one that Python did not start, as a backward pass on a GPU."""
+        found: queue.SimpleQueue[str] = queue.SimpleQueue()
+        _thread.start_new_thread(lambda: found.put(registry.requested()), ())
+        return found.get(timeout=60)
+
+    outside = registry.requested()
+    with fastgru.use_backend("reference"):
+        assert registry.requested() == in_a_thread_of_autograd() == "reference" and elsewhere() == outside
+        fastgru.use_backend("auto")  # within a block: of the block
+        assert registry.requested() == "auto" and elsewhere() == outside
+    plain = fastgru.use_backend("reference")
+    try:
+        assert registry.requested() == elsewhere() == "reference"
+        with fastgru.use_backend("auto"):
+            assert registry.requested() == "auto" and elsewhere() == "reference"
+        assert registry.requested() == elsewhere() == "reference"
+    finally:
+        registry._process = plain._before[0]
+    assert registry.requested() == elsewhere() == in_a_thread_of_autograd() == outside
+
+
+def test_a_compiled_function_follows_the_block_of_its_thread() -> None:
+    ran: list[str] = []
+
+    def recording(graph: torch.fx.GraphModule, _: Any) -> Any:
+        names = [str(node.target) for node in graph.graph.nodes if "_gru_" in str(node.target)]
+
+        def run(*arguments: Any) -> Any:
+            ran.extend(name.removeprefix("fastgru.").partition("_")[0] for name in names)
+            return graph(*arguments)
+
+        return run
+
+    x = torch.randn(4, 1, 2)
+    module = torch.compile(fastgru.GRU(2, 3), fullgraph=True, backend=recording)
+    with torch.no_grad():
+        for name in ("auto", "reference", "auto"):
+            with fastgru.use_backend(name):
+                module(x)
+    with fastgru.use_backend("auto"):
+        auto = registry.select("gru", "cpu", x.dtype).name
+    assert ran == [auto, "reference", auto]
 
 
 def test_backward_runs_on_the_backend_of_the_forward(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,17 +126,17 @@ def test_backward_runs_on_the_backend_of_the_forward(backend: str, monkeypatch: 
 def test_a_backend_asked_for_raises_where_it_cannot_run(backend: str) -> None:
     if backend == "reference":
         with pytest.raises(fastgru.BackendUnavailable, match="computes in floating point"):
-            registry.select("cpu", torch.int64)
+            registry.select("gru", "cpu", torch.int64)
     else:
         with pytest.raises(
             fastgru.BackendUnavailable, match=r"backend 'cpu' cannot run .* it runs on cpu, not on meta"
         ):
-            registry.select("meta", torch.float32)
+            registry.select("gru", "meta", torch.float32)
 
 
 def test_no_backend_at_all_raises() -> None:
     with fastgru.use_backend("auto"), pytest.raises(fastgru.BackendUnavailable, match="no backend can run"):
-        registry.select("cpu", torch.int64)
+        registry.select("gru", "cpu", torch.int64)
 
 
 def test_explain_names_every_backend() -> None:
@@ -154,8 +208,8 @@ def test_unknown_instruction_set(backend: str) -> None:
 
 
 def test_auto_does_not_warn_when_the_best_runs() -> None:
-    if _lib.load_error is not None:
-        pytest.skip(_lib.load_error)
+    if _library.load_error is not None:
+        pytest.skip(_library.load_error)
     with warnings.catch_warnings(), fastgru.use_backend("auto"):
         warnings.simplefilter("error")
-        assert registry.select("cpu", torch.float32).name == "cpu"
+        assert registry.select("gru", "cpu", torch.float32).name == "cpu"

@@ -88,21 +88,21 @@ def test_info_says_how_the_library_was_built(
         assert "-ffp-contract=off" in (build["flags"] or "") and build["compiler"] and build["torch"]
         assert main(["info"]) == 0
         assert f"built by {build['compiler']} -O3" in capsys.readouterr().out
-    monkeypatch.setattr(fastgru._lib, "load_error", "the library is missing")
+    monkeypatch.setattr(fastgru._library, "load_error", "the library is missing")
     assert _machine.build() is None
 
 
 def test_info_tells_why_and_what_to_do_without_the_extension(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastgru._lib, "load_error", "the library is missing; build it")
-    fastgru.backends.registry._chosen.clear()
+    monkeypatch.setattr(fastgru._library, "load_error", "the library is missing; build it")
+    fastgru.backends.registry.forget()
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert "not available: the library is missing; build it" in text
     assert "runs on: reference" in text
     monkeypatch.undo()
-    fastgru.backends.registry._chosen.clear()
+    fastgru.backends.registry.forget()
 
 
 def test_info_says_what_the_cuda_part_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastgru
-from fastgru.backends import cuda, gpu_table, registry
-from fastgru.backends.recurrence import Layer
-from fastgru.backends.reference import gate_stride, steps_of
-from fastgru.ops.schema import GRU_OPS
+from fastgru.backends import cuda as backend
+from fastgru.backends import measured, registry
+from fastgru.ops.gru import cuda, recurrence
+from fastgru.ops.gru.recurrence import Layer
+from fastgru.ops.gru.reference import gate_stride, steps_of
+from fastgru.ops.gru.schema import GRU_OPS
 from fastgru.testing import GruProblem, assert_parity
 
 # conftest.py asks for deterministic algorithms, and then cuBLAS wants this.
@@ -31,7 +33,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 class TorchKernels:
-    """What fastgru.backends.recurrence.Kernels asks for. It sees of a problem only what a kernel sees."""
+    """What fastgru.ops.gru.recurrence.Kernels asks for. It sees of a problem only what a kernel sees."""
 
     def upload(self, table: Tensor, device: torch.device) -> Tensor:
         return table.clone()
@@ -318,7 +320,7 @@ class Refusing(TorchKernels):
 @pytest.fixture
 def wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """A table by which the backend is the fastest on this machine, at every size."""
-    monkeypatch.setattr(gpu_table, "wins", lambda backend, device, dtype, sizes: backend == "cuda")
+    monkeypatch.setattr(measured, "wins", lambda backend, device, dtype, sizes: backend == "cuda")
 
 
 no_gpu = pytest.mark.skipif(HAS_GPU, reason="no launch is refused here")
@@ -376,7 +378,7 @@ def test_float32_without_tf32_is_refused_by_the_library_and_goes_on(
         with pytest.warns(RuntimeWarning, match="because cuda: it multiplies float32 as TF32"):
             module(x)
         assert asked[-1] == (None, torch.float32, 7, 3, 1, False, "")
-        monkeypatch.setattr("fastgru.backends.recurrence.tf32", lambda: True)
+        monkeypatch.setattr(recurrence, "tf32", lambda: True)
         ran: list[bool] = []
         monkeypatch.setattr(
             kernels, "forward", lambda *arguments: ran.append(TorchKernels.forward(kernels, *arguments))
@@ -406,20 +408,20 @@ REASONS = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_why_it_cannot_run_and_the_remedy(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = REASONS[reason]
-    monkeypatch.setattr("fastgru._lib.load_error", None)
+    monkeypatch.setattr("fastgru._library.load_error", None)
     monkeypatch.setattr(torch.ops.fastgru, "cuda_versions", case.get("versions", lambda: (13000, 13000)))
     monkeypatch.setattr(torch.ops.fastgru, "cuda_code_architecture", case.get("code", lambda device: 90))
     monkeypatch.setattr(torch.version, "cuda", case.get("torch_cuda", "13.0"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: case.get("usable", True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: case.get("capability", (9, 0)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    cuda._available.cache_clear()
+    backend._available.cache_clear()
     try:
         with pytest.raises(fastgru.BackendUnavailable, match=f"backend 'cuda' cannot run: .*{reason}"):
             fastgru.use_backend("cuda")
         assert re.search(rf"cuda: not used: .*{reason}", fastgru.explain("cuda", BRAIN))
     finally:
-        cuda._available.cache_clear()
+        backend._available.cache_clear()
 
 
 def test_float64_is_refused(chosen: Any) -> None:
@@ -442,7 +444,7 @@ def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def skip_if_refused(H: int, B: int, directions: int, dtype: torch.dtype) -> None:
     sizes = registry.Sizes(H, B, 1, directions, True, False)
-    reason = cuda._refuses(torch.device("cuda", 0), dtype, sizes)
+    reason = cuda.refuses(torch.device("cuda", 0), dtype, sizes)
     if reason is not None:
         pytest.skip(reason)
 

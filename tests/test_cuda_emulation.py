@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastgru import testing
-from fastgru.backends.reference import gate_stride
+from fastgru.ops.gru.reference import gate_stride
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
 INPUT = 5

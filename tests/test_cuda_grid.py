@@ -15,7 +15,7 @@ import torch
 from emulation.build import load
 from test_cuda_emulation import DTYPES, raw
 
-from fastgru.backends.reference import gate_stride
+from fastgru.ops.gru.reference import gate_stride
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastgru
-from fastgru.backends import gpu_table, registry
-from fastgru.ops.schema import GRU_OPS, KeptGraphFunction
+from fastgru.backends import measured, registry
+from fastgru.ops.gru.eager import KeptGraphFunction
+from fastgru.ops.gru.schema import GRU_OPS
 
 CASES = [
     (packed, bidirectional, bias) for packed in (False, True) for bidirectional, bias in ((True, True), (False, False))
@@ -138,11 +139,11 @@ SIZES = registry.Sizes(hidden=256, batch=32, steps=512, directions=1, training=T
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def table(monkeypatch: pytest.MonkeyPatch) -> None:
     """A table in which Triton wins H = 256 and loses H = 1024, and cuda does not take either."""
     rows = [[256, 32, 512, 1, True, False, None, 1.0, 2.0], [1024, 32, 512, 1, True, False, None, 2.0, 1.0]]
-    monkeypatch.setattr(gpu_table, "_measured", lambda: {"sm_90": {"bfloat16": rows}})
-    gpu_table.ahead.cache_clear()
+    monkeypatch.setattr(measured, "_measured", lambda: {"sm_90": {"bfloat16": rows}})
+    measured.ahead.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -163,95 +164,101 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_table_takes_the_nearest_measurement_within_reach(measured: None, change: dict[str, int], wins: bool) -> None:
-    assert gpu_table.ahead("triton", "sm_90", "bfloat16", SIZES._replace(**change)) is wins
+def test_table_takes_the_nearest_measurement_within_reach(table: None, change: dict[str, int], wins: bool) -> None:
+    assert measured.ahead("triton", "sm_90", "bfloat16", SIZES._replace(**change)) is wins
 
 
-def test_table_without_sizes_goes_by_the_majority(measured: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not gpu_table.ahead("triton", "sm_90", "bfloat16", None)
-    rows = gpu_table._measured()["sm_90"]["bfloat16"]
-    monkeypatch.setattr(gpu_table, "_measured", lambda: {"sm_90": {"bfloat16": rows[:1]}})
-    gpu_table.ahead.cache_clear()
-    assert gpu_table.ahead("triton", "sm_90", "bfloat16", None)
-    assert not gpu_table.ahead("triton", "sm_80", "bfloat16", None)
+def test_table_without_sizes_goes_by_the_majority(table: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not measured.ahead("triton", "sm_90", "bfloat16", None)
+    rows = measured._measured()["sm_90"]["bfloat16"]
+    monkeypatch.setattr(measured, "_measured", lambda: {"sm_90": {"bfloat16": rows[:1]}})
+    measured.ahead.cache_clear()
+    assert measured.ahead("triton", "sm_90", "bfloat16", None)
+    assert not measured.ahead("triton", "sm_80", "bfloat16", None)
 
 
-def test_table_knows_nothing_of_other_machines(measured: None) -> None:
-    assert not gpu_table.ahead("triton", "sm_80", "bfloat16", SIZES)
-    assert not gpu_table.ahead("triton", "sm_90", "float16", SIZES)
-    assert not gpu_table.ahead("triton", "sm_90", None, SIZES)
+def test_table_knows_nothing_of_other_machines(table: None) -> None:
+    assert not measured.ahead("triton", "sm_80", "bfloat16", SIZES)
+    assert not measured.ahead("triton", "sm_90", "float16", SIZES)
+    assert not measured.ahead("triton", "sm_90", None, SIZES)
 
 
 def test_table_ranks_three_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {16: (1.0, 2.0, 3.0), 64: (2.0, 1.0, 3.0), 256: (2.0, 3.0, 1.0), 1024: (2.0, None, 3.0)}
     rows = [[hidden, 32, 512, 1, True, False, *row] for hidden, row in times.items()]
-    monkeypatch.setattr(gpu_table, "_measured", lambda: {"sm_90": {"bfloat16": rows}})
-    gpu_table.ahead.cache_clear()
+    monkeypatch.setattr(measured, "_measured", lambda: {"sm_90": {"bfloat16": rows}})
+    measured.ahead.cache_clear()
     ahead = [
-        [gpu_table.ahead(name, "sm_90", "bfloat16", SIZES._replace(hidden=hidden)) for name in ("cuda", "triton")]
+        [measured.ahead(name, "sm_90", "bfloat16", SIZES._replace(hidden=hidden)) for name in ("cuda", "triton")]
         for hidden in times
     ]
     assert ahead == [[True, True], [False, True], [False, False], [True, False]]
     # Two cards of one architecture that do not agree.
     rows.append([16, 32, 512, 1, True, False, 3.0, 2.0, 4.0])
-    gpu_table.ahead.cache_clear()
-    assert not gpu_table.ahead("cuda", "sm_90", "bfloat16", SIZES._replace(hidden=16))
-    assert gpu_table.ahead("triton", "sm_90", "bfloat16", SIZES._replace(hidden=16))
+    measured.ahead.cache_clear()
+    assert not measured.ahead("cuda", "sm_90", "bfloat16", SIZES._replace(hidden=16))
+    assert measured.ahead("triton", "sm_90", "bfloat16", SIZES._replace(hidden=16))
 
 
 def test_auto_passes_over_a_winner_that_refuses_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     best = registry.Backend(
-        name="best", devices=("cpu",), priority=999, available=lambda: None, supports=lambda device, dtype: None,
-        wins=lambda device, dtype, sizes: True,
-        refuses=lambda device, dtype, sizes: "H is too large" if sizes.hidden > 100 else None,
-    )  # fmt: skip
+        name="best", devices=("cpu",), priority=999, available=lambda: None, supports=lambda device, dtype: None
+    )
     monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    monkeypatch.setattr(registry, "_implementations", dict(registry._implementations))
     monkeypatch.setattr(registry, "_warned", set())
     registry.register(best)
+    how = registry.Implementation(
+        wins=lambda device, dtype, sizes: True,
+        refuses=lambda device, dtype, sizes: "H is too large" if sizes.hidden > 100 else None,
+    )
+    registry.implement("gru", "best", how)
     place = torch.device("cpu"), torch.float64
     try:
         with fastgru.use_backend("auto"):
-            assert registry.fastest(*place, SIZES._replace(hidden=1)).name == "best"
+            assert registry.fastest("gru", *place, SIZES._replace(hidden=1)).name == "best"
             with pytest.warns(RuntimeWarning, match="because best: H is too large"):
-                assert registry.fastest(*place, SIZES).name != "best"
-            assert registry.fastest(*place, SIZES).name != "best"  # and says so once
+                assert registry.fastest("gru", *place, SIZES).name != "best"
+            assert registry.fastest("gru", *place, SIZES).name != "best"  # and says so once
     finally:
         monkeypatch.undo()
-        registry._chosen.clear()
+        registry.forget()
 
 
 def test_shipped_table_is_sound() -> None:
-    for table in gpu_table._measured.__wrapped__().values():
+    for table in measured._measured.__wrapped__().values():
         for rows in table.values():
             assert rows
             assert all(len(row) == 9 and all(time is None or time > 0 for time in row[6:]) for row in rows)
 
 
 def test_precision_compares_like_with_like() -> None:
-    assert gpu_table.precision(torch.bfloat16) == "bfloat16"
+    assert measured.precision(torch.bfloat16) == "bfloat16"
     matmul, rnn = torch.backends.cuda.matmul, torch.backends.cudnn.rnn
     before = matmul.fp32_precision, rnn.fp32_precision
     try:
         for ours, theirs, name in (("ieee", "ieee", "float32"), ("tf32", "tf32", "tf32"), ("ieee", "tf32", None)):
             matmul.fp32_precision, rnn.fp32_precision = ours, theirs
-            assert gpu_table.precision(torch.float32) == name
+            assert measured.precision(torch.float32) == name
     finally:
         matmul.fp32_precision, rnn.fp32_precision = before
 
 
 def test_auto_passes_over_a_backend_that_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
     best = registry.Backend(
-        name="best", devices=("cpu",), priority=999, available=lambda: None, supports=lambda device, dtype: None,
-        wins=lambda device, dtype, sizes: sizes is not None and sizes.hidden > 100,
-    )  # fmt: skip
+        name="best", devices=("cpu",), priority=999, available=lambda: None, supports=lambda device, dtype: None
+    )
     monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    monkeypatch.setattr(registry, "_implementations", dict(registry._implementations))
     registry.register(best)
+    wins = registry.Implementation(wins=lambda device, dtype, sizes: sizes is not None and sizes.hidden > 100)
+    registry.implement("gru", "best", wins)
     place = torch.device("cpu"), torch.float64
     try:
         with fastgru.use_backend("auto"):
-            usual = registry.fastest(*place, SIZES._replace(hidden=1))
+            usual = registry.fastest("gru", *place, SIZES._replace(hidden=1))
             assert usual.name != "best"
-            assert registry.fastest(*place, SIZES).name == "best"
+            assert registry.fastest("gru", *place, SIZES).name == "best"
             assert "best: chosen for the sizes at which it was measured to be faster" in fastgru.explain(*place)
             assert f"{usual.name}: chosen for all others" in fastgru.explain(*place)
             module = fastgru.GRU(2, 3, dtype=torch.float64)
@@ -259,7 +266,7 @@ def test_auto_passes_over_a_backend_that_does_not_win(monkeypatch: pytest.Monkey
             want = module(x)
             torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="eager")(x), want)
         with fastgru.use_backend("best"):
-            assert registry.fastest(*place, SIZES._replace(hidden=1)).name == "best"
+            assert registry.fastest("gru", *place, SIZES._replace(hidden=1)).name == "best"
     finally:
         monkeypatch.undo()
-        registry._chosen.clear()
+        registry.forget()

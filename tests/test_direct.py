@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,15 +13,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgru
-from fastgru import _lib
-from fastgru.ops import direct
+from fastgru import _library, fast_path
 
-attention_ops = sys.modules["fastgru.ops.attention"]
+pytestmark = pytest.mark.skipif(_library.direct is None, reason=f"there is no fastgru._direct: {_library.direct_error}")
 
-pytestmark = pytest.mark.skipif(_lib.direct is None, reason=f"there is no fastgru._direct: {_lib.direct_error}")
-
-REAL: Any = _lib.direct
-HOLDERS: list[tuple[Any, str]] = [(_lib, "direct"), (direct, "_direct"), (attention_ops, "_direct")]
+REAL: Any = _library.direct
+HOLDERS: list[tuple[Any, str]] = [(fast_path, "functions")]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -94,7 +90,7 @@ def test_inference_is_the_operators(
             for given in (x, x.transpose(0, 1).contiguous().transpose(0, 1), torch.stack([x, x], -2)[..., 0, :]):
                 with torch.no_grad():
                     spy = Spy()
-                    monkeypatch.setattr(direct, "_direct", spy)
+                    monkeypatch.setattr(fast_path, "functions", spy)
                     got = gru(given, hx)
                     assert spy.answers == [("infer", True)]
                     assert_same(got, by_operators(monkeypatch, lambda given=given, hx=hx: gru(given, hx)))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastgru
-from fastgru.ops.onnx import gru_node
+from fastgru.ops.gru.onnx import gru_node
 
 GRU = type[nn.GRU] | type[fastgru.GRU]
 Cell = type[nn.GRUCell]

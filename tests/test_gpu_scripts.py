@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgru.backends import gpu_table
+from fastgru.backends import measured
 
 GPU = Path(__file__).parents[1] / "benchmarks" / "gpu"
 
@@ -93,7 +93,7 @@ Resource usage:
 
 
 def test_the_table_survives_writing(make_table: Any, tmp_path: Path) -> None:
-    shipped = gpu_table.PATH.read_text()
+    shipped = measured.PATH.read_text()
     table = json.loads(shipped)
     make_table.write(table, tmp_path / "same.json")
     assert (tmp_path / "same.json").read_text() == shipped

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import fastgru
-from fastgru import _lib
+from fastgru import _library, fast_path
 
-pytestmark = pytest.mark.skipif(_lib.load_error is not None, reason=str(_lib.load_error))
+pytestmark = pytest.mark.skipif(_library.load_error is not None, reason=str(_library.load_error))
 
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -56,9 +56,9 @@ def _advised(tensor: Tensor) -> bool:
 @pytest.mark.parametrize("way", ["direct", "operators"])
 def test_large_pages_under_large_tensors(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     if way == "operators":
-        monkeypatch.setattr(_lib, "direct", None)
-    elif _lib.direct is None:
-        pytest.skip(str(_lib.direct_error))
+        monkeypatch.setattr(fast_path, "functions", None)
+    elif _library.direct is None:
+        pytest.skip(str(_library.direct_error))
     # More than malloc ever takes from its heap: fresh in every call.
     held = [t for t in _held(fastgru.GRU(8, 64), torch.randn(10, 4000, 8)) if t.untyped_storage().nbytes() > 33 << 20]
     assert len(held) == 1 and all(_advised(t) for t in held)

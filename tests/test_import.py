@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import re
 import subprocess
@@ -44,7 +45,7 @@ import fastgru
 print("\\n".join(set(sys.modules) - before))
 """).split()
     own = [name for name in loaded if name.split(".")[0] == "fastgru"]
-    assert len(own) < 40
+    assert len(own) < 55
     assert not set(loaded) - set(own)
 
 
@@ -147,7 +148,7 @@ for name in names:
                 os._exit(0 if last in ("apply", "AutogradFunctionality") else 1)
             import fastgru
             if name in ("_C._is_any_autocast_enabled", "_C._is_tracing", "_C._len_torch_dispatch_stack"):
-                assert name in (fastgru._lib.direct_error or "") or fastgru._lib.load_error
+                assert name in (fastgru._library.direct_error or "") or fastgru._library.load_error
             # Torch reads some of them itself when it runs.
             if last not in ("allow_rnn",):
                 setattr(owner, last, value)
@@ -166,6 +167,19 @@ def test_public_names_exist() -> None:
         assert getattr(fastgru, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = fastgru.nothing
+
+
+def test_what_pickles_of_whole_modules_name_stays_where_it_is() -> None:
+    places = {
+        "fastgru.nn.gru": ("GRU", "GRUCell"),
+        "fastgru.nn.attention": ("MultiheadAttention", "AttentionDecoder"),
+        "fastgru.nn.seq2seq": ("Encoder", "Decoder", "ReferenceEncoder", "ReferenceDecoder"),
+        "fastgru.nn.convert": ("Converted",),
+    }
+    for module, names in places.items():
+        for name in names:
+            found = getattr(importlib.import_module(module), name)
+            assert (found.__module__, found.__qualname__) == (module, name)
 
 
 def test_one_version_number() -> None:

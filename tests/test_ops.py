@@ -9,7 +9,7 @@ import pytest
 import torch
 from gru_operators import layer
 
-from fastgru.ops.schema import GRU_OPS
+from fastgru.ops.gru.schema import GRU_OPS
 
 CASES = [
     {"packed": packed, "bidirectional": bidirectional, "bias": bias}

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastgru
-from fastgru import _lib
+from fastgru import _library
 
-pytestmark = pytest.mark.skipif(_lib.load_error is not None, reason=str(_lib.load_error))
+pytestmark = pytest.mark.skipif(_library.load_error is not None, reason=str(_library.load_error))
 
 # (T, B, I, H): shared out by rows of the batch, by hidden units, one row alone, a single step, more workers than items;
 # few units, of which a batch is computed by rows, and a part of it by units.
@@ -34,7 +34,7 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=[] if _lib.load_error else torch.ops.fastgru.cpu_isas().split(","))
+@pytest.fixture(params=[] if _library.load_error else torch.ops.fastgru.cpu_isas().split(","))
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = torch.ops.fastgru.cpu_isa()
     torch.ops.fastgru.cpu_set_isa(request.param)

@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 
 import fastgru
-from fastgru.backends import triton as backend
-from fastgru.backends.recurrence import Layer
-from fastgru.ops.schema import GRU_OPS
+from fastgru.backends.triton import INTERPRETED, _missing
+from fastgru.ops.gru import triton as backend
+from fastgru.ops.gru.recurrence import Layer
+from fastgru.ops.gru.schema import GRU_OPS
 from fastgru.testing import GruProblem, assert_parity
 
 # conftest.py asks for deterministic algorithms, and then cuBLAS wants this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU and not backend.INTERPRETED else "cpu"
-RUNS_HERE = HAS_GPU or backend.INTERPRETED
+DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
+RUNS_HERE = HAS_GPU or INTERPRETED
 
 here = pytest.mark.skipif(not RUNS_HERE, reason="runs on a GPU, or in the process that test_in_the_interpreter starts")
 gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
@@ -36,7 +37,7 @@ gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
 @pytest.mark.parametrize("part", ["resident", "step", "operators"])
 def test_in_the_interpreter(part: str) -> None:
-    reason = backend._missing()
+    reason = _missing()
     if reason is not None:
         pytest.skip(reason)
     result = subprocess.run(
@@ -215,7 +216,7 @@ def test_why_it_cannot_run_and_the_remedy() -> None:
         fastgru.use_backend("triton")
 
 
-@pytest.mark.skipif(backend._missing() is not None or backend.INTERPRETED, reason="needs Triton, not its interpreter")
+@pytest.mark.skipif(_missing() is not None or INTERPRETED, reason="needs Triton, not its interpreter")
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_launch_passes_what_the_first_one_did(monkeypatch: pytest.MonkeyPatch, backward: bool) -> None:
     from fastgru.kernels.gru.backward import gru_backward_step

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastgru.backends import triton as backend
+from fastgru.backends.triton import INTERPRETED
+from fastgru.ops.gru import triton as backend
 
 triton = pytest.importorskip("triton", "3.6", reason="needs Triton: pip install 'triton>=3.6'")
-pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET is set")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set")
 
 # Bytes of shared memory that one block may have.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

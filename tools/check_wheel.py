@@ -50,7 +50,7 @@ with fastgru.use_backend("cpu"):
     fastgru.GRU(3, 4)(torch.randn(5, 2, 3))
     fastgru.flash_attention(*torch.randn(3, 1, 2, 5, 8))
 assert fastgru.__version__ == sys.argv[1], fastgru.__version__
-assert fastgru._lib.direct is not None, fastgru._lib.direct_error
+assert fastgru._library.direct is not None, fastgru._library.direct_error
 cuda = fastgru.__version__.partition("+cu")[2]
 try:
     built = torch.ops.fastgru.cuda_versions()[0]

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgru
 from fastgru import testing
-from fastgru.backends import gpu_table
+from fastgru.backends import measured
 
 # D, causal, L, most wanted first. B L = 16384 and H D = 2048, as in the papers.
 SHAPES = [
@@ -107,7 +107,7 @@ def main() -> None:
     stage.require_gpu()
     record = stage.Record("attention", arguments.out, arguments.minutes)
     limits = gpu_roofline()
-    record.set(architecture=gpu_table.architecture("cuda"), ceilings=limits)
+    record.set(architecture=measured.architecture("cuda"), ceilings=limits)
     for dtype in (torch.bfloat16, torch.float16):
         for D, causal, L in SHAPES:
             name = str(dtype).removeprefix("torch.")

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastgru
 from fastgru import testing
-from fastgru.backends import cuda
+from fastgru.ops.gru import cuda
 
 # Name, backend, kernel of the recurrence. "cuda" is the one that the library chooses.
 CONTENDERS = (
@@ -216,7 +216,7 @@ def main() -> None:
     arguments = parser.parse_args()
     stage.require_gpu()
     record = stage.Record("bench_gru", arguments.out, arguments.minutes)
-    from fastgru.backends.gpu_table import architecture
+    from fastgru.backends.measured import architecture
 
     record.set(architecture=architecture("cuda"), ceilings=gpu_roofline())
     for training, packed, directions in KINDS:

@@ -20,7 +20,7 @@ import stage
 import torch
 
 import fastgru
-from fastgru import _lib
+from fastgru import _library
 
 
 def cuobjdump() -> str | None:
@@ -86,10 +86,10 @@ def main() -> None:
                         warps=kernel.metadata.num_warps,
                     )  # fmt: skip
     tool = cuobjdump()
-    if _lib.load_error is not None or tool is None:
-        record.content["left_out"].append(f"kernels in CUDA C++: {_lib.load_error or 'there is no cuobjdump'}")
+    if _library.load_error is not None or tool is None:
+        record.content["left_out"].append(f"kernels in CUDA C++: {_library.load_error or 'there is no cuobjdump'}")
     else:
-        command = [tool, "-res-usage", str(_lib.LIBRARY_PATH)]
+        command = [tool, "-res-usage", str(_library.LIBRARY_PATH)]
         for kernel in library_kernels(subprocess.run(command, capture_output=True, text=True, check=False).stdout):
             record.add(**kernel)
     record.set(finished=True)

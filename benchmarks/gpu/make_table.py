@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/make_table.py benchmarks/results/gpu_bench_gru.json [...]
 
-Writes fastgru/backends/gpu_table.json and, of attention, attention_table.json. An architecture in the results replaces
-what the table had of it; others stay. A backend that refused a problem, or broke the numeric rule, has null there.
-Where several GPUs of one architecture were measured each has its row: a backend has to win on all of them.
+Writes fastgru/backends/measured_gru.json and, of attention, measured_attention.json. An architecture in the results
+replaces what the table had of it; others stay. A backend that refused a problem, or broke the numeric rule, has null
+there. Where several GPUs of one architecture were measured each has its row: a backend has to win on all of them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastgru.backends import gluon, gpu_table
+from fastgru.backends import measured
+from fastgru.ops.attention import gluon
 
 # Of a stage: the table it fills, the names in its entries of what a row begins with, and the contenders whose times end
 # it, the one that all others are compared with last; "gluon.backward" is the backward pass of gluon.
 TABLES = {
-    "bench_gru": (gpu_table.PATH, ("H", "B", "T", "directions", "training", "packed"), gpu_table.BACKENDS),
+    "bench_gru": (measured.PATH, ("H", "B", "T", "directions", "training", "packed"), measured.BACKENDS),
     "attention": (gluon.TABLE, ("D", "L", "causal"), ("gluon", "triton", "gluon.backward", "triton.backward")),
 }
 

@@ -24,15 +24,16 @@ from typing import Any
 import stage
 
 import fastgru
-from fastgru.backends import cuda
+from fastgru.ops.gru import cuda
 from fastgru.testing import GruProblem, failures, parity
 
 SMALL = """
 import torch, fastgru
+from fastgru.ops.gru import cuda
 from torch.nn.utils.rnn import pack_padded_sequence
 torch.backends.cuda.matmul.allow_tf32 = True
 for backend, loop in (("triton", ""), ("cuda", "cluster"), ("cuda", "grid")):
-    fastgru.backends.cuda.KERNELS.loop = loop
+    cuda.KERNELS.loop = loop
     ran = 0
     for hidden in (20, 64, 160):
         for dtype in (torch.bfloat16, torch.float32):

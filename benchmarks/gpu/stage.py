@@ -44,12 +44,11 @@ def require_gpu() -> None:
 
 def why_not(backend: str, dtype: torch.dtype, hidden: int, batch: int, directions: int = 1) -> str | None:
     """None when a backend takes a problem, else the reason."""
-    found = next(b for b in registry.backends() if b.name == backend)
+    found = next(b for b in registry.backends("gru") if b.name == backend)
     sizes = registry.Sizes(hidden, batch, 1, directions, True, False)
     reason = found.why_not("cuda", dtype)
-    if reason is None and found.refuses is not None:
-        reason = found.refuses(torch.device("cuda", torch.cuda.current_device()), dtype, sizes)
-    return reason
+    place = torch.device("cuda", torch.cuda.current_device())
+    return reason or registry.refusal("gru", backend, place, dtype, sizes)
 
 
 def set_precision(name: str) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Implementations of the operators and the choice between them. Importing this package registers every backend."""
+"""Registers the backends, each with the devices and dtypes it can run on, and chooses between them."""
 
 from fastgru.backends import cpu, cuda, cudnn, gluon, reference, triton
 from fastgru.backends.registry import BackendUnavailable, explain, select, use_backend

@@ -1,4 +1,4 @@
-"""The C++ CPU backend. Its operators are implemented in the compiled library; here are only its terms of use.
+"""Registers the CPU backend: C++ kernels in the compiled library, for every dtype they are compiled for.
 
 ``FASTGRU_CPU_ISA`` forces an instruction set; the library reads it, and its first call raises if it cannot be had.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from fastgru import _lib
+from fastgru import _library
 from fastgru.backends import registry
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _available() -> str | None:
-    return _lib.load_error
+    return _library.load_error
 
 
 def _supports(device: str, dtype: torch.dtype) -> str | None:

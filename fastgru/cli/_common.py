@@ -1,4 +1,4 @@
-"""What the commands share: errors meant for the user, option types, tables, JSON files."""
+"""Holds what the commands share: errors meant for the user, option types, tables, JSON files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def backend_name(device: torch.device, dtype: torch.dtype) -> str:
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         try:
-            name = backends.select(device, dtype).name
+            name = backends.select("gru", device, dtype).name
             _machine.current_isa()
         except (ValueError, backends.BackendUnavailable) as error:
             raise CommandError(str(error)) from None

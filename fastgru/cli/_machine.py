@@ -1,4 +1,4 @@
-"""What a stored number has to carry to mean something later: machine, versions, commit, how the library was built."""
+"""Describes the machine, the versions and the commit, without which a stored number means nothing later."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fastgru
-from fastgru import _lib
+from fastgru import _library
 
 
 def origin(*packages: str) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def machine() -> dict[str, Any]:
         "usable_isas": usable_isas(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "cuda_devices": cuda_devices(),
-        "why_no_direct_calls": _lib.direct_error,
+        "why_no_direct_calls": _library.direct_error,
         "build": build(),
         "cuda_part": cuda_part(),
         "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
@@ -84,9 +84,9 @@ def build() -> dict[str, str | None] | None:
 
     None without the library, or for one that holds no record.
     """
-    if _lib.load_error is not None:
+    if _library.load_error is not None:
         return None
-    record = getattr(ctypes.CDLL(str(_lib.LIBRARY_PATH)), "fastgru_build_record", None)
+    record = getattr(ctypes.CDLL(str(_library.LIBRARY_PATH)), "fastgru_build_record", None)
     if record is None:
         return None
     record.restype = ctypes.c_char_p
@@ -96,7 +96,7 @@ def build() -> dict[str, str | None] | None:
 
 def usable_isas() -> list[str]:
     """Instruction-set variants of the C++ backend that this CPU runs, best first; empty without the extension."""
-    return torch.ops.fastgru.cpu_isas().split(",") if _lib.load_error is None else []
+    return torch.ops.fastgru.cpu_isas().split(",") if _library.load_error is None else []
 
 
 def current_isa() -> str | None:
@@ -105,7 +105,7 @@ def current_isa() -> str | None:
     Raises:
         ValueError: ``FASTGRU_CPU_ISA`` names one that is unknown or does not run here.
     """
-    if _lib.load_error is not None:
+    if _library.load_error is not None:
         return None
     try:
         return str(torch.ops.fastgru.cpu_isa())

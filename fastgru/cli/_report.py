@@ -1,4 +1,4 @@
-"""What the demo found, as tables, as a picture, and as one HTML file that needs nothing else."""
+"""Writes what the demo found: tables, a picture, and one HTML file that needs nothing else."""
 
 from __future__ import annotations
 

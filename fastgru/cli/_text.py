@@ -1,4 +1,4 @@
-"""Text for the demo: read, checked, encoded as characters."""
+"""Reads and checks the demo's text, and encodes it as characters."""
 
 from __future__ import annotations
 

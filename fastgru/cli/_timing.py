@@ -1,4 +1,4 @@
-"""Paired timing: two callables measured side by side, so that what the machine does to one it does to the other.
+"""Measures two callables side by side, so that what the machine does to one it does to the other.
 
 A ratio of medians from two separate runs moves with the clock rate, the neighbours and the temperature. Here the two
 run alternately, in rounds of a few milliseconds, and the ratio is taken inside each round; the median of those ratios

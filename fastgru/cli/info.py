@@ -39,7 +39,7 @@ def collect() -> dict[str, Any]:
         warnings.simplefilter("ignore")
         for place in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
             try:
-                chosen[place] = backends.select(place, torch.float32).name
+                chosen[place] = backends.select("gru", place, torch.float32).name
             except (ValueError, backends.BackendUnavailable) as error:
                 chosen[place] = None
                 problems.append(str(error))

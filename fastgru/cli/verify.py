@@ -140,7 +140,7 @@ def check(count: int) -> int:
     found = Findings()
     for family in PROBLEMS:
         for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-            for backend in registry.backends():
+            for backend in registry.backends("gru"):
                 if "*" not in backend.devices and device not in backend.devices:
                     continue
                 for name, dtype in DTYPES.items():

@@ -1,4 +1,4 @@
-"""Modules. They hold parameters and check arguments; the maths is in the operators."""
+"""Exports the modules, which hold parameters and check arguments; the maths is in the operators."""
 
 from fastgru.nn.attention import AttentionDecoder, MultiheadAttention
 from fastgru.nn.convert import ConversionReport, conversion_report, convert, patch, revert

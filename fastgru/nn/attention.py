@@ -1,4 +1,4 @@
-"""The attention modules: torch.nn.MultiheadAttention's interface, and a decoder that attends to its encoder."""
+"""Implements torch.nn.MultiheadAttention's interface, and a decoder that attends to its encoder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgru import _torch_private, ops
-from fastgru.nn.scripting import torch_twin
 from fastgru.nn.seq2seq import Decoder
-from fastgru.ops.attention import ArgumentError, as_mask, is_causal_bias
+from fastgru.nn.torch_tools import torch_twin
+from fastgru.ops.attention.arguments import ArgumentError, as_mask, is_causal_bias
 from fastgru.ops.nested import from_padded, to_padded
 
 # torch's own, whatever the name in torch.nn stands for later (see fastgru.patch).

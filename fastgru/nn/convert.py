@@ -1,4 +1,4 @@
-"""Swapping torch's modules for fastgru's inside a model, and back.
+"""Swaps torch's modules for fastgru's inside a model, and back.
 
 A swap changes the class of a module and nothing else: parameters, buffers, hooks, ties, the training mode and every
 reference to the module stay as they are. ``TABLE`` lists the pairs of classes.
@@ -29,11 +29,13 @@ class Swap(NamedTuple):
     Args:
         original: torch's class.
         replacement: ours.
+        family: the operators that ours runs on.
         calls: the methods that torch's ``forward`` is made of. A subclass that overrides one is left alone.
     """
 
     original: type[nn.Module]
     replacement: type[nn.Module]
+    family: str
     calls: tuple[str, ...] = ("forward",)
 
 
@@ -47,9 +49,9 @@ _RNN_CALLS = (
 )
 
 TABLE = (
-    Swap(TorchGRU, GRU, _RNN_CALLS),
-    Swap(TorchGRUCell, GRUCell),
-    Swap(nn.MultiheadAttention, MultiheadAttention),
+    Swap(TorchGRU, GRU, "gru", _RNN_CALLS),
+    Swap(TorchGRUCell, GRUCell, "gru"),
+    Swap(nn.MultiheadAttention, MultiheadAttention, "attention"),
 )
 
 # Where torch derives a class from a module's own at run time: register_parametrization, fully_shard, replicate.
@@ -138,7 +140,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     names = {module: name for name, module in model.named_modules()}
     for module, swap in _known(model):
         swapped = isinstance(module, swap.replacement)
-        detail = _backend(module) if swapped else _why_not(module, swap) or "not converted yet"
+        detail = _backend(module, swap) if swapped else _why_not(module, swap) or "not converted yet"
         entries.append(ReportEntry(names[module], type(module).__name__, swapped, detail))
     return ConversionReport(tuple(entries))
 
@@ -184,11 +186,11 @@ def _why_not(module: nn.Module, swap: Swap) -> str | None:
     return None
 
 
-def _backend(module: nn.Module) -> str:
+def _backend(module: nn.Module, swap: Swap) -> str:
     # FullyShardedDataParallel leaves tensors in the place of parameters.
     parameter = next(value for value in (*module.parameters(), *vars(module).values()) if isinstance(value, Tensor))
     try:
-        return select(parameter.device, parameter.dtype).name
+        return select(swap.family, parameter.device, parameter.dtype).name
     except BackendUnavailable as error:
         return f"none: {error}"
 

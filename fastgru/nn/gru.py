@@ -1,10 +1,8 @@
-"""GRU and GRUCell: torch.nn's modules in every respect but the kernels."""
+"""Implements GRU and GRUCell, torch.nn's modules in every respect but the kernels."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Any, overload
 
 import torch
@@ -15,34 +13,12 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastgru import ops
 from fastgru._torch_private import takes_per_sample_gradients
-from fastgru.nn.scripting import torch_twin
-from fastgru.ops import direct
-from fastgru.ops.segments import Segments, batch_states, cut, segment_states
+from fastgru.nn.torch_tools import check_settings, fx_leaf, gru_signature, recorded_zeros, torch_twin
+from fastgru.ops.gru import eager
+from fastgru.ops.gru.segments import Segments, batch_states, cut, segment_states
 
 # torch's own, whatever the names in torch.nn stand for later (see fastgru.patch).
 TorchGRU, TorchGRUCell = nn.GRU, nn.GRUCell
-
-
-def _signature(
-    self: nn.Module,
-    input_size: int,
-    hidden_size: int,
-    num_layers: int = 1,
-    bias: bool = True,
-    batch_first: bool = False,
-    dropout: float = 0.0,
-    bidirectional: bool = False,
-    device: Any = None,
-    dtype: Any = None,
-    *,
-    save_gates: bool = True,
-) -> None: ...
-
-
-def _fx_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """One ``call_module`` node, as torch.fx makes of torch's own modules."""
-    tracer = args[0].tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 
 class GRU(nn.RNNBase):
@@ -86,7 +62,7 @@ class GRU(nn.RNNBase):
         self.save_gates = save_gates
 
     # For those who ask what the arguments are called, as nn.utils.skip_init does.
-    __init__.__signature__ = inspect.signature(_signature)  # type: ignore[attr-defined]
+    __init__.__signature__ = gru_signature  # type: ignore[attr-defined]
 
     def __prepare_scriptable__(self) -> nn.Module:
         return torch_twin(self, GRU, TorchGRU)
@@ -99,11 +75,7 @@ class GRU(nn.RNNBase):
             # It knows torch's operators and no others.
             return TorchGRU.forward(self, input, hx)  # type: ignore[call-overload]
         if hx is None and isinstance(input, PackedSequence):
-            # The batch as a tensor: a number would become part of what is recorded.
-            layers = self.num_layers * (2 if self.bidirectional else 1)
-            data, batch_sizes = input[:2]
-            size: Any = (layers, batch_sizes[0], self.hidden_size)
-            hx = torch.zeros(size, dtype=data.dtype, device=data.device)
+            hx = recorded_zeros(self, input)
         return super()._slow_forward(input, hx, *rest, **options)  # type: ignore[no-untyped-call]
 
     def flatten_parameters(self) -> None:
@@ -164,7 +136,7 @@ class GRU(nn.RNNBase):
         if lengths is not None or reset_mask is not None:
             return self._forward_padded(input, hx, lengths, reset_mask)
         if type(input) is Tensor and not (self.training and self.dropout) and not torch.compiler.is_compiling():
-            result = direct.gru(self.__dict__, input, hx, self.save_gates)
+            result = eager.gru(self.__dict__, input, hx, self.save_gates)
             if result is not None:
                 return result
         # All that is not a plain tensor, and first the Tensor subclasses that are none of these.
@@ -172,7 +144,7 @@ class GRU(nn.RNNBase):
             if isinstance(input, PackedSequence):
                 return self._forward_packed(input, hx)
             if isinstance(input, Proxy):
-                return _fx_leaf(self, input, hx)
+                return fx_leaf(self, input, hx)
             if getattr(input, "is_nested", False):
                 return self._forward_nested(input, hx)
         rank = input.dim()
@@ -204,7 +176,7 @@ class GRU(nn.RNNBase):
         reset_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         if isinstance(input, Proxy):
-            result: tuple[Tensor, Tensor] = _fx_leaf(self, input, hx, lengths=lengths, reset_mask=reset_mask)
+            result: tuple[Tensor, Tensor] = fx_leaf(self, input, hx, lengths=lengths, reset_mask=reset_mask)
             return result
         if not isinstance(input, Tensor) or input.is_nested:
             kind = "nested tensor" if isinstance(input, Tensor) else type(input).__name__
@@ -280,16 +252,6 @@ class GRU(nn.RNNBase):
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(h_n, unsorted_indices)
 
-    def _check_settings(self) -> None:
-        """Of what the constructor was given, edited since, the types that nn.GRU's operator refuses."""
-        for name in ("bias", "training", "bidirectional", "batch_first"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} has to be of type bool, got {getattr(self, name)!r}")
-        if not isinstance(self.num_layers, Integral) or isinstance(self.num_layers, bool):
-            raise TypeError(f"num_layers has to be of type int, got {self.num_layers!r}")
-        if not isinstance(self.dropout, (Real, Tensor)):
-            raise TypeError(f"dropout has to be a number, got {self.dropout!r}")
-
     def _run(self, input: Tensor, hx: Tensor | None, batch: int, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         weights = self._flat_weights
         expected = (self.num_layers * (2 if self.bidirectional else 1), batch, self.hidden_size)
@@ -309,7 +271,7 @@ class GRU(nn.RNNBase):
             and type(self.num_layers) is int
             and type(self.dropout) is float
         ):
-            self._check_settings()
+            check_settings(self)
         return ops.gru(
             input,
             hx,
@@ -346,9 +308,9 @@ class GRUCell(nn.GRUCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step. See the class for shapes and errors."""
         if type(input) is not Tensor and isinstance(input, Proxy):
-            return _fx_leaf(self, input, hx)
+            return fx_leaf(self, input, hx)
         if hx is not None and not torch.compiler.is_compiling():
-            state = direct.gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+            state = eager.gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
             if state is not None:
                 return state
         if input.dim() not in (1, 2):

@@ -1,4 +1,4 @@
-"""The Encoder/Decoder pair, once on fastgru and once, as its oracle, on torch.nn.GRU."""
+"""Implements an encoder and a decoder on fastgru.GRU, and both, as their oracle, on torch.nn.GRU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators of this package in torch's own, for tools that read an exported program and know no others."""
+"""Decomposes the operators of this package into torch's own, for tools that read an exported program."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgru.backends import reference_additive, reference_attention
-from fastgru.ops.attention_schema import ATTENTION_OPS
-from fastgru.ops.schema import GRU_OPS
+from fastgru.ops.additive.reference import additive_differentiable
+from fastgru.ops.additive.schema import ADDITIVE_OPS
+from fastgru.ops.attention.reference import attention_differentiable
+from fastgru.ops.attention.schema import ATTENTION_OPS
+from fastgru.ops.gru.schema import GRU_OPS
 
 
 def _gru_infer(input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tensor | None) -> Any:
@@ -28,6 +30,17 @@ def _gru_train(input: Tensor, hx: Tensor, *weights_and_batch_sizes: Tensor | Non
     return results if results is NotImplemented else (*results, input.new_empty(0))
 
 
+# No statistics either: an exporter may keep the node that takes them of the results.
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    output, lse = attention_differentiable(*arguments)
+    return output, lse, lse.new_empty(0)
+
+
+def _additive(*arguments: Any) -> tuple[Tensor, Tensor]:
+    output = additive_differentiable(*arguments)
+    return output, output.new_empty(0)
+
+
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """A table of decompositions of this package's operators, as ``ExportedProgram.run_decompositions`` takes it.
 
@@ -41,11 +54,11 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     ``torch.ops.aten.gru.input`` in it a layer is kept whole. Packed input stays with the operators of this package,
     and so do ``lengths``, resets and backward passes.
     """
-    table: dict[torch._ops.OpOverload, Callable[..., Any]] = {
-        torch.ops.fastgru.additive_attention.default: reference_additive.additive_differentiable,
-    }
+    table: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
     for gru in GRU_OPS.values():
         table |= {gru.infer: _gru_infer, gru.train: _gru_train}
     for attention in ATTENTION_OPS.values():
-        table[attention.forward] = reference_attention.attention_differentiable
+        table[attention.forward] = _attention
+    for additive in ADDITIVE_OPS.values():
+        table[additive.forward] = _additive
     return table

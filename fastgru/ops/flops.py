@@ -1,4 +1,4 @@
-"""What torch.utils.flop_counter.FlopCounterMode counts for the operators of this package.
+"""Tells torch.utils.flop_counter.FlopCounterMode what to count for the operators of this package.
 
 By torch's conventions: two for each multiplication and addition of a matrix product, nothing for all else, and
 attention as if every query saw every key. So a GRU has the count of nn.GRU with an initial state that wants its
@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-from fastgru.ops.attention_schema import ATTENTION_OPS, PLAIN_OPS
-from fastgru.ops.schema import GRU_OPS
+from fastgru.ops.additive.schema import ADDITIVE_OPS
+from fastgru.ops.attention.schema import ATTENTION_OPS, PLAIN_OPS
+from fastgru.ops.gru.schema import GRU_OPS
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -66,17 +67,16 @@ def _additive_backward(query: Shape, key: Shape, weight: Shape, value: Shape, *r
 
 def formulas() -> dict[torch._ops.OpOverload, tuple[Callable[..., int], int]]:
     """Of every operator its formula, and how many of its arguments stand before those of the formula."""
-    ops = torch.ops.fastgru
     table: dict[torch._ops.OpOverload, tuple[Callable[..., int], int]] = {
         PLAIN_OPS.forward: (_attention, 0),
         PLAIN_OPS.backward: (_attention_backward, 1),
-        ops.additive_attention.default: (_additive, 0),
-        ops.additive_attention_backward.default: (_additive_backward, 1),
     }
     for gru in GRU_OPS.values():
         table |= {gru.infer: (_gru, 0), gru.train: (_gru, 0), gru.backward: (_gru_backward, 2)}
     for attention in ATTENTION_OPS.values():
         table |= {attention.forward: (_attention, 0), attention.backward: (_attention_backward, 2)}
+    for additive in ADDITIVE_OPS.values():
+        table |= {additive.forward: (_additive, 0), additive.backward: (_additive_backward, 1)}
     return table
 
 

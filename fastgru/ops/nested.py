@@ -1,4 +1,4 @@
-"""Nested tensors, of either layout, as padded ones and back."""
+"""Converts nested tensors, of either layout, to padded ones and back."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     s = softcap tanh(scale q . k / softcap) - slope |i + diagonal - j| + bias        -inf where hidden
 
-fastgru/backends/reference_attention.py has the meaning of every option. A tile has BLOCK_M queries and BLOCK_N keys;
+fastgru/ops/attention/reference.py has the meaning of every option. A tile has BLOCK_M queries and BLOCK_N keys;
 columns are padded to BLOCK_D and BLOCK_DV, powers of two. Strides are in elements.
 """
 

@@ -1,4 +1,4 @@
-// Operators of attention on the CPU, on torch tensors; schemas in fastgru/ops/attention_schema.py.
+// Operators of attention on the CPU, on torch tensors; schemas in fastgru/ops/attention/schema.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

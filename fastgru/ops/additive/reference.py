@@ -1,4 +1,4 @@
-"""Additive attention in plain torch, a piece of the scores at a time.
+"""Computes additive attention in plain torch, a piece of the scores at a time.
 
     s_ij = weight . tanh(q_i + k_j), -inf for j >= k_length    p_ij = exp(s_ij - m_i) / l_i    o_i = sum_j p_ij v_j
 
@@ -18,8 +18,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastgru.backends.reference import _wide, outside_autocast
-from fastgru.backends.reference_attention import check_lengths, softmax
+from fastgru.ops.attention.arguments import check_lengths
+from fastgru.ops.attention.reference import softmax
+from fastgru.ops.numerics import outside_autocast, wide
 
 # Elements of t, and of s, held at once.
 _PIECE = 1 << 22
@@ -71,10 +72,10 @@ def additive_differentiable(
         [B, Lq, Dv].
     """
     hidden = _hidden(k_lengths, key.size(1))
-    shown = _shown(_wide(key), hidden)
-    scores = torch.tanh(_wide(query).unsqueeze(2) + shown.unsqueeze(1)) @ _wide(weight)
+    shown = _shown(wide(key), hidden)
+    scores = torch.tanh(wide(query).unsqueeze(2) + shown.unsqueeze(1)) @ wide(weight)
     weights, _, _ = _softmax(scores, hidden)
-    return (weights @ _shown(_wide(value), hidden)).to(query.dtype)
+    return (weights @ _shown(wide(value), hidden)).to(query.dtype)
 
 
 def _row_pieces(query: Tensor, key: Tensor) -> Iterator[slice]:
@@ -93,11 +94,11 @@ def additive(
     """
     check_lengths("k_lengths", k_lengths, key.size(1))
     hidden = _hidden(k_lengths, key.size(1))
-    wide_key, wide_value = _shown(_wide(key), hidden), _shown(_wide(value), hidden)
+    wide_key, wide_value = _shown(wide(key), hidden), _shown(wide(value), hidden)
     output = query.new_empty(*query.shape[:2], value.size(2))
     statistics = torch.empty(2, *query.shape[:2], dtype=wide_key.dtype, device=query.device)
     for rows in _row_pieces(query, key):
-        weights, top, total = _softmax(_scores(_wide(query[:, rows]), wide_key, _wide(weight)), hidden)
+        weights, top, total = _softmax(_scores(wide(query[:, rows]), wide_key, wide(weight)), hidden)
         output[:, rows] = (weights @ wide_value).to(query.dtype)
         statistics[0, :, rows], statistics[1, :, rows] = top.squeeze(-1), total.squeeze(-1)
     return output, statistics
@@ -116,14 +117,14 @@ def additive_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, weight and value, in linear memory; statistics have none."""
     hidden = _hidden(k_lengths, key.size(1))
-    wide_key, wide_value, wide_weight = _shown(_wide(key), hidden), _shown(_wide(value), hidden), _wide(weight)
+    wide_key, wide_value, wide_weight = _shown(wide(key), hidden), _shown(wide(value), hidden), wide(weight)
     top, total = statistics[0].unsqueeze(-1), statistics[1].unsqueeze(-1)
     total = total.masked_fill(total == 0, 1)  # a sequence without keys
     d_query = torch.zeros_like(query, dtype=statistics.dtype)
     d_key, d_value, d_weight = torch.zeros_like(wide_key), torch.zeros_like(wide_value), torch.zeros_like(wide_weight)
     for rows in _row_pieces(query, key):
-        q, d_output = _wide(query[:, rows]), _wide(grad_output[:, rows])
-        delta = (d_output * _wide(output[:, rows])).sum(-1, keepdim=True)
+        q, d_output = wide(query[:, rows]), wide(grad_output[:, rows])
+        delta = (d_output * wide(output[:, rows])).sum(-1, keepdim=True)
         for piece in _pieces(key.size(1), q.numel()):
             t = torch.tanh(q.unsqueeze(2) + wide_key[:, piece].unsqueeze(1))
             scores = t @ wide_weight

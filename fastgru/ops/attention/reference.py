@@ -1,4 +1,4 @@
-"""Attention in plain torch, on any device: the oracle, the fallback, and the path of double backward.
+"""Computes attention in plain torch, on any device: the oracle, the fallback, and the path of double backward.
 
 With query i of a head and key j of its group:
 
@@ -23,55 +23,17 @@ Rows are computed a chunk at a time, so memory is linear in the lengths. bfloat1
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgru.backends.reference import _wide, outside_autocast
+from fastgru.ops.attention.arguments import Attention, check_lengths, empty_like_layout
+from fastgru.ops.numerics import outside_autocast, wide
 
 # Scores held at once.
 _CHUNK_ELEMENTS = 1 << 24
 _MASK_32 = 0xFFFFFFFF
-
-
-class Attention(NamedTuple):
-    """The arguments of the operators, in their order. See :mod:`fastgru.ops.attention_schema`."""
-
-    query: Tensor  # [B, Hq, Lq, D]
-    key: Tensor  # [B, Hk, Lk, D]
-    value: Tensor  # [B, Hk, Lk, Dv]
-    bias: Tensor | None  # every size that of [B, Hq, Lq, Lk], or 1
-    mask: Tensor | None  # bool, likewise; True: may be seen
-    q_lengths: Tensor | None  # int64 [B]
-    k_lengths: Tensor | None  # int64 [B]
-    alibi_slopes: Tensor | None  # [B or 1, Hq], of the type computed in
-    dropout_seed: Tensor | None  # int64, one number
-    dropout_p: float
-    scale: float
-    softcap: float
-    window_left: int
-    window_right: int
-    bottom_right: bool
-
-    @property
-    def group(self) -> int:
-        """Query heads per key head."""
-        return self.query.size(1) // self.key.size(1)
-
-    @property
-    def hides(self) -> bool:
-        """Some position may be hidden."""
-        given = (self.bias, self.mask, self.q_lengths, self.k_lengths)
-        return any(t is not None for t in given) or self.window_left >= 0 or self.window_right >= 0
-
-
-def empty_like_layout(like: Tensor, columns: int) -> Tensor:
-    """[B, H, L, columns] laid out as ``like``: heads before positions in memory, or after them."""
-    B, H, L, _ = like.shape
-    if like.stride(1) < like.stride(2):
-        return like.new_empty(B, L, H, columns).transpose(1, 2)
-    return like.new_empty(B, H, L, columns)
 
 
 def _laid_out(like: Tensor, values: Tensor) -> Tensor:
@@ -154,14 +116,14 @@ def _product_across(query: Tensor, key: Tensor) -> Tensor:
 
 def _heads(a: Attention, tensor: Tensor) -> Tensor:
     """Key heads, wide and repeated for the query heads of their group."""
-    return _wide(tensor).repeat_interleave(a.group, 1) if a.group > 1 else _wide(tensor)
+    return wide(tensor).repeat_interleave(a.group, 1) if a.group > 1 else wide(tensor)
 
 
 def _scores(
     a: Attention, key: Tensor, start: int, stop: int, product: Callable[[Tensor, Tensor], Tensor] = _product_across
 ) -> tuple[Tensor, Tensor]:
     """Of rows [start, stop): c and s, as the top of this file calls them."""
-    capped = product(_wide(a.query[:, :, start:stop]), key) * a.scale
+    capped = product(wide(a.query[:, :, start:stop]), key) * a.scale
     if a.softcap > 0:
         capped = a.softcap * torch.tanh(capped / a.softcap)
     scores = capped
@@ -170,7 +132,7 @@ def _scores(
         j = torch.arange(a.key.size(2), device=key.device)
         scores = scores - a.alibi_slopes[:, :, None, None] * (i + _offset(a) - j).abs()
     if a.bias is not None:
-        bias = _wide(_rows_of(a.bias, start, stop))
+        bias = wide(_rows_of(a.bias, start, stop))
         scores = (scores + bias).masked_fill(bias == -torch.inf, -torch.inf)
     visible = _visible(a, start, stop)
     return capped, scores if visible is None else scores.masked_fill(~visible, -torch.inf)
@@ -193,14 +155,6 @@ def hiding_product(weights: Tensor, x: Tensor) -> Tensor:
 
 def _product(a: Attention, weights: Tensor, x: Tensor) -> Tensor:
     return hiding_product(weights, x) if a.hides else weights @ x
-
-
-def check_lengths(name: str, lengths: Tensor | None, most: int) -> None:
-    """Only on the CPU, where reading numbers costs nothing."""
-    if lengths is not None and lengths.device.type == "cpu" and lengths.numel():
-        low, high = (int(t) for t in lengths.aminmax())
-        if low < 0 or high > most:
-            raise RuntimeError(f"{name} must lie in [0, {most}], got {low if low < 0 else high}")
 
 
 def softmax(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,7 +207,7 @@ def attention_differentiable(*arguments: Any) -> tuple[Tensor, Tensor]:
     """
     a = Attention(*arguments)
     if a.key.size(2) == 0:
-        nothing = _wide(a.query).sum(-1) * 0
+        nothing = wide(a.query).sum(-1) * 0
         return nothing.unsqueeze(-1).expand(*nothing.shape, a.value.size(3)).to(a.query.dtype), nothing - torch.inf
     key, value = _heads(a, a.key), _heads(a, a.value)
     if not a.hides:
@@ -275,7 +229,7 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     check_lengths("q_lengths", a.q_lengths, a.query.size(2))
     check_lengths("k_lengths", a.k_lengths, a.key.size(2))
     output = empty_like_layout(a.query, a.value.size(3))
-    statistics = torch.zeros(2, *a.query.shape[:3], dtype=_wide(a.query).dtype, device=a.query.device)
+    statistics = torch.zeros(2, *a.query.shape[:3], dtype=wide(a.query).dtype, device=a.query.device)
     key, value = _heads(a, a.key), _heads(a, a.value)
     for start, stop in _chunks(a) if a.key.size(2) else ():
         rows, *row_statistics = _forward_rows(a, key, value, start, stop)
@@ -298,7 +252,7 @@ def attention_backward(
     *inputs, output, statistics, need_bias_grad = arguments
     a = Attention(*inputs)
     key, value = _heads(a, a.key), _heads(a, a.value)
-    grad_query = torch.zeros_like(_wide(a.query))
+    grad_query = torch.zeros_like(wide(a.query))
     grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
     wants_bias = need_bias_grad and a.bias is not None
     grad_bias = torch.zeros(
@@ -311,7 +265,7 @@ def attention_backward(
         if grad_output is None:
             d_output = torch.zeros_like(output[:, :, rows], dtype=statistics.dtype)
         else:
-            d_output = _wide(grad_output[:, :, rows])
+            d_output = wide(grad_output[:, :, rows])
         dropped, d_weights = weights, d_output @ value.mT
         if a.dropout_seed is not None:
             kept = dropout_keep(a, start, stop) / (1 - a.dropout_p)
@@ -325,7 +279,7 @@ def attention_backward(
         if a.softcap > 0:
             d_scores = torch.where(weights == 0, 0, d_scores * (1 - (capped / a.softcap) ** 2))
         grad_query[:, :, rows] = _product(a, d_scores, key) * a.scale
-        grad_key += _product(a, d_scores.mT, _wide(a.query[:, :, rows])) * a.scale
+        grad_key += _product(a, d_scores.mT, wide(a.query[:, :, rows])) * a.scale
         grad_value += _product(a, dropped.mT, d_output)
     grads = [_laid_out(a.query, grad_query)]
     for like, grad in ((a.key, grad_key), (a.value, grad_value)):

@@ -1,4 +1,4 @@
-"""A GRU layer around a recurrence on the GPU: all that the backends ``triton`` and ``cuda`` have in common.
+"""Computes a GRU layer around a recurrence on the GPU, for the backends ``triton`` and ``cuda``.
 
 One layer: the input projection of all rows as one product; the recurrence; backwards a recurrence that leaves the
 gradients of the gates, then the products over all rows, without atomics. What a backend brings is its ``Kernels``.
@@ -12,10 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastgru.backends.reference import check_weights, gate_stride, outside_autocast, step_sizes, without_gaps
-
-#: What they compute in, apart from float64.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from fastgru.ops.gru.reference import check_weights, gate_stride, step_sizes, without_gaps
+from fastgru.ops.numerics import outside_autocast
 
 
 def tf32() -> bool:
@@ -103,7 +101,7 @@ class Kernels(Protocol):
 
 
 class Operators:
-    """The operators of a backend; arguments and results as ``fastgru.ops.schema`` has them.
+    """The operators of a backend; arguments and results as ``fastgru.ops.gru.schema`` has them.
 
     All of them raise RuntimeError where batch_sizes do not describe the packed input.
     """

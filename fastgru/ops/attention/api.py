@@ -1,256 +1,49 @@
-"""Attention functions: checks, defaults and the call of the operator of the backend that the registry picks."""
+"""Checks the arguments of attention, and calls the operators of the backend that the registry picks."""
 
 from __future__ import annotations
 
 import math
-import numbers
-import operator
-import re
-import warnings
 from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fastgru import _lib, _torch_private
+from fastgru import _torch_private
 from fastgru._torch_private import forward_mode
-from fastgru.backends import gluon, registry
-from fastgru.backends.reference_attention import Attention, attention_differentiable, hiding_product, hiding_scores
-from fastgru.ops.attention_schema import (
-    ATTENTION_OPS,
-    TENSORS,
-    AttentionFunction,
-    AttentionOps,
-    plain_attention_with_gradients,
-    plain_forward,
+from fastgru.backends import registry
+from fastgru.ops.attention import gluon
+from fastgru.ops.attention.arguments import (
+    ArgumentError,
+    Attention,
+    _broadcastable,
+    _check_tensors,
+    _lengths,
+    _number,
+    _tensor,
+    _window,
+    as_mask,
+    is_causal_bias,
 )
+from fastgru.ops.attention.eager import at_once, run
+from fastgru.ops.attention.reference import attention_differentiable, hiding_product, hiding_scores
+from fastgru.ops.attention.schema import ATTENTION_OPS, AttentionOps
 from fastgru.ops.nested import from_padded, to_padded
-
-_warned: set[str] = set()
-# Tensors that no one has given a meaning of their own.
-_PLAIN = (Tensor, torch.nn.Parameter)
-_is_compiling = torch.compiler.is_compiling
-_direct = _lib.direct
-# A window of so many keys is clipped: sums of it and a position must not overflow, in 32 bits on a GPU.
-_FAR = 1 << 30
-# What torch puts before the message of a failed check in C++.
-_PLACE_IN_SOURCE = re.compile(r"^\w+, \S+\.(cpp|h|inc):\d+, ")
-
-
-class ArgumentError(ValueError, RuntimeError):
-    """Arguments that do not fit, for those who expect ValueError and those who expect torch's RuntimeError."""
+from fastgru.ops.numerics import autocast
 
 
 def _choose(arguments: tuple[Any, ...]) -> AttentionOps:
     """The operators to call: those of a backend, or under ``auto`` of two, one for each direction."""
-    ops = _choose_backend(arguments[0])
-    if arguments[0].is_cuda and registry.requested() == registry.AUTO and not torch.compiler.is_compiling():
-        forward, backward = gluon.faster(Attention(*arguments))
-        ops = AttentionOps(
-            ATTENTION_OPS["gluon"].forward if forward else ops.forward,
-            ATTENTION_OPS["gluon"].backward if backward else ops.backward,
-        )
-    return ops
-
-
-def _choose_backend(query: Tensor) -> AttentionOps:
-    """A backend without attention, asked for by name, raises; ``auto`` goes on to the next that has it, and says so
-    once if no kernels are left."""
-    name = registry.select(query.device, query.dtype).name
-    auto = registry.requested() == registry.AUTO
-    if name in ATTENTION_OPS:
-        return ATTENTION_OPS[name]
-    message = f"backend {name!r} has no attention; backends that have it: {', '.join(ATTENTION_OPS)}"
-    if not auto:
-        raise registry.BackendUnavailable(message)
-    able = (
-        b.name
-        for b in registry.backends()
-        if b.name in ATTENTION_OPS and not b.attention_only and b.why_not(query.device.type, query.dtype) is None
-    )
-    successor = next(able)
-    if successor == "reference" and message not in _warned and not torch.compiler.is_compiling():
-        _warned.add(message)
-        warnings.warn(f"{message}; 'reference' runs instead", RuntimeWarning, stacklevel=4)
-    return ATTENTION_OPS[successor]
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    q, k, v = query.shape, key.shape, value.shape
-    # At once, because a small problem takes no longer than its checks; what is wrong is looked for below.
-    if (
-        (query.dtype is key.dtype is value.dtype)
-        and query.dtype.is_floating_point
-        and query.device == key.device == value.device
-        and len(q) == len(k) == len(v) == 4
-        and q[0] == k[0] == v[0]
-        and q[3] == k[3]
-        and k[1:3] == v[1:3]
-        and k[1] > 0
-        and q[1] % k[1] == 0
-    ):
-        return
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if t.dim() != 4:
-            raise ArgumentError(f"{name} must be [B, H, L, D], got {t.dim()} dimensions: {tuple(t.shape)}")
-        if t.dtype is not query.dtype or not t.dtype.is_floating_point:
-            raise ArgumentError(f"query, key and value must have one floating dtype, got {query.dtype} and {t.dtype}")
-        if t.device != query.device:
-            raise ArgumentError(f"query, key and value must be on one device, got {query.device} and {t.device}")
-    B, H, _, D = query.shape
-    if key.shape[0] != B or value.shape[0] != B:
-        raise ArgumentError(
-            f"query, key and value must have one batch size, got {B}, {key.shape[0]} and {value.shape[0]}"
-        )
-    if key.shape[3] != D:
-        raise ArgumentError(f"query and key must have one head dimension, got {D} and {key.shape[3]}")
-    if value.shape[1:3] != key.shape[1:3]:
-        raise ArgumentError(
-            f"key and value must have the same heads and length, got {tuple(key.shape)} and {tuple(value.shape)}"
-        )
-    heads = key.shape[1]
-    if heads != H and (heads == 0 or H % heads != 0):
-        raise ArgumentError(f"the {H} heads of query must be a multiple of the {heads} heads of key")
-
-
-def _tensor(name: str, t: Any) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if t.is_nested or t.layout is not torch.strided:
-        kind = "a nested one" if t.is_nested else f"one of layout {t.layout}"
-        raise TypeError(f"{name} must be a dense tensor, got {kind}")
-
-
-def _number(name: str, value: Any) -> float:
-    """A number of Python. A tensor's gradient would be lost."""
-    if type(value) in (float, int):
-        return value  # type: ignore[no-any-return]
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_complex():
-            raise TypeError(f"{name} must be a number, got a tensor of shape {list(value.shape)} and {value.dtype}")
-        tangent = forward_ad.unpack_dual(value).tangent if forward_mode._current_level >= 0 else None
-        if tangent is not None or (value.requires_grad and torch.is_grad_enabled()):
-            raise TypeError(f"{name} must be a number, got a tensor that requires a gradient, which is not computed")
-    elif not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
-
-
-def _window(window: Any, query: Tensor, key: Tensor) -> tuple[int, int]:
-    """Keys to the left and to the right, -1 for no bound."""
-    sizes = []
-    try:
-        for size in window:
-            whole = None if isinstance(size, bool) else operator.index(size)
-            if whole is None or whole < -1:
-                raise TypeError
-            if whole >= _FAR:
-                whole = -1 if whole >= query.shape[2] + key.shape[2] else min(whole, 1 << 62)
-            sizes.append(whole)
-        left, right = sizes
-    except (TypeError, ValueError):
-        raise ArgumentError(f"window must be two whole numbers of keys, or -1 for no bound, got {window}") from None
-    return left, right
-
-
-def _broadcastable(name: str, t: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """As [B, Hq, Lq, Lk] with sizes of 1 where it is broadcast."""
-    _tensor(name, t)
-    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    if t.device != query.device:
-        raise ArgumentError(f"{name} must be on {query.device}, got {t.device}")
-    shape = (1,) * (4 - t.dim()) + tuple(t.shape)
-    if len(shape) != 4 or any(size not in (1, whole) for size, whole in zip(shape, full, strict=True)):
-        raise ArgumentError(f"{name} must be broadcastable to [B, Hq, Lq, Lk] = {list(full)}, got {list(t.shape)}")
-    return t[(None,) * (4 - t.dim())]
-
-
-def _lengths(name: str, lengths: Tensor | None, query: Tensor) -> Tensor | None:
-    if lengths is None:
-        return None
-    _tensor(name, lengths)
-    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype is torch.bool:
-        raise ArgumentError(f"{name} must be integers, got {lengths.dtype}")
-    if lengths.shape != query.shape[:1]:
-        raise ArgumentError(f"{name} must have shape [B] = [{query.shape[0]}], got {list(lengths.shape)}")
-    return lengths.to(query.device, torch.int64)
-
-
-def _run(ops: AttentionOps, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling() or _torch_private.is_tracing():
-        output, lse, _ = ops.forward(*arguments)
-        return output, lse
-    try:
-        if torch.is_grad_enabled():
-            q, k, v, bias = arguments[:4]
-            if q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad):
-                return AttentionFunction.apply(ops, arguments[TENSORS:], *arguments[:TENSORS])  # type: ignore[no-any-return, no-untyped-call]
-        # No gradient to record: below autograd, whose way through Python is longer than a small problem.
-        with _torch_private.below_autograd():
-            output, lse, _ = ops.forward(*arguments)
-        return output, lse
-    except RuntimeError as error:
-        message = _PLACE_IN_SOURCE.sub("", str(error))
-        if message == str(error):
-            raise
-        raise ArgumentError(message) from None
-
-
-def _at_once(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    bottom_right: bool,
-    grouped: bool,
-) -> Tensor | None:
-    """Attention without options, where the operators of few arguments take it: on the CPU in eager mode. They do the
-    checks themselves, for the ones below take as long as a small problem. None: not such a problem, or not a sound
-    one, which the long way has the words for."""
-    if _is_compiling():
-        return None
-    options = scale, causal, bottom_right, grouped
-    if _direct is not None and type(query) in _PLAIN and forward_mode._current_level < 0:
-        backend = registry.selected("cpu", query.dtype)
-        if backend is not None and backend.name == "cpu":
-            output = _direct.attention(query, key, value, mask, *options)
-            if output is True:
-                return plain_attention_with_gradients(query, key, value, mask, options)
-            if output is not None:
-                return output  # type: ignore[no-any-return]
-    if (
-        not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
-        or _torch_private.len_torch_function_stack()
-        or not (query.is_cpu and query.dim() == 4)
-        or not (mask is None or (type(mask) is Tensor and mask.dtype is torch.bool))
-        or _torch_private.is_any_autocast_enabled()
-        or _torch_private.is_tracing()
-        or _torch_private.are_functorch_transforms_active()
-        or forward_mode._current_level >= 0
-    ):
-        return None
-    try:
-        if registry.select("cpu", query.dtype).name != "cpu":
-            return None
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            return plain_attention_with_gradients(query, key, value, mask, options)
-        return plain_forward(query, key, value, mask, *options)[0]  # type: ignore[no-any-return]
-    except RuntimeError:
-        return None
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As torch's operators take them: in the dtype of autocast, but for float64, which stays."""
-    device = tensors[0].device.type
-    if not _torch_private.is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors)
+    query: Tensor = arguments[0]
+    backend = registry.select("attention", query.device, query.dtype)
+    if not registry.goes_by_problem("attention", backend):
+        return ATTENTION_OPS[backend.name]
+    problems: list[gluon.Pass | None] = [None, None]
+    if not torch.compiler.is_compiling():
+        problems = [gluon.Pass(Attention(*arguments), backward) for backward in (False, True)]
+    names = [registry.fastest("attention", query.device, query.dtype, p).name for p in problems]
+    return AttentionOps(ATTENTION_OPS[names[0]].forward, ATTENTION_OPS[names[1]].backward)
 
 
 @overload
@@ -369,7 +162,7 @@ def flash_attention(
         and k_lengths is None
         and not return_lse
     ):
-        output = _at_once(query, key, value, attn_mask, scale, causal, causal_align == "bottom_right", enable_gqa)
+        output = at_once(query, key, value, attn_mask, scale, causal, causal_align == "bottom_right", enable_gqa)
         if output is not None:
             return output
     attn_mask, bias = (as_mask(t, query) if is_causal_bias(t) else t for t in (attn_mask, bias))
@@ -400,7 +193,7 @@ def flash_attention(
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor) or t.is_nested or t.layout is not torch.strided:
             _tensor(name, t)
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     _check_tensors(query, key, value)
     if not enable_gqa and key.shape[1] != query.shape[1]:
         raise ArgumentError(
@@ -473,7 +266,7 @@ def flash_attention(
     elif _torch_private.are_functorch_transforms_active() or forward_mode._current_level >= 0:
         output, lse = attention_differentiable(*arguments)
     else:
-        output, lse = _run(_choose(arguments), arguments)
+        output, lse = run(_choose(arguments), arguments)
     if everything:
         # A mask, because zero times NaN is not zero.
         output = output.masked_fill(torch.ones((), dtype=torch.bool, device=output.device), 0)
@@ -519,7 +312,7 @@ def scaled_dot_product_attention(
         dropout_p = _number("dropout_p", dropout_p)
     is_causal = is_causal is True or bool(is_causal)
     if dropout_p == 0:
-        output = _at_once(query, key, value, attn_mask, scale, is_causal, False, enable_gqa)
+        output = at_once(query, key, value, attn_mask, scale, is_causal, False, enable_gqa)
         if output is not None:
             return output
     options = dropout_p, is_causal, scale, enable_gqa
@@ -533,7 +326,7 @@ def scaled_dot_product_attention(
         return handle_torch_function(scaled_dot_product_attention, tensors, *tensors, *options)
     if query.is_nested or key.is_nested or value.is_nested:
         return _nested_attention(query, key, value, attn_mask, *options)
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     if not query.dtype is key.dtype is value.dtype or not query.device == key.device == value.device:
         word, what = ("device", "device type") if query.dtype is key.dtype is value.dtype else ("dtype", "dtype")
         q, k, v = (getattr(t, word) for t in (query, key, value))
@@ -563,18 +356,6 @@ def scaled_dot_product_attention(
         causal_align="top_left",
         scale=scale,
     )
-
-
-def is_causal_bias(t: Any) -> bool:
-    """Whether ``t`` is a torch.nn.attention.bias.CausalBias. That module is not imported for the question: it takes
-    torch's compiler along."""
-    return type(t) is not Tensor and any(base.__module__ == "torch.nn.attention.bias" for base in type(t).__mro__)
-
-
-def as_mask(bias: Any, query: Tensor) -> Tensor:
-    """The mask [L, S] that a causal bias stands for, True may be seen. Its own memory holds nothing."""
-    offset = bias.seq_len_kv - bias.seq_len_q if bias.variant.name == "LOWER_RIGHT" else 0
-    return torch.ones(bias.seq_len_q, bias.seq_len_kv, dtype=torch.bool, device=query.device).tril(offset)
 
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, bias: Any, *options: Any) -> Tensor:
@@ -697,7 +478,7 @@ def attention_weights(
         output [B, H, Lq, Dv] and the weights [B, H, Lq, Lk] it was computed with, dropout included. A query that sees
         no key has weights and output of 0.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     scaled = query / math.sqrt(query.shape[-1])
     scores = scaled @ key.mT if mask is None else hiding_scores(scaled, key)
     if mask is not None and mask.dtype is torch.bool:

@@ -1,4 +1,7 @@
-"""Which kernels were measured to be the faster on a GPU: ``gpu_table.json``, which ``auto`` goes by.
+"""Looks up which GRU kernels were measured to be the faster on a GPU, by which ``auto`` chooses.
+
+``measured_gru.json`` holds the measurements; ``fastgru/ops/attention/gluon.py`` reads those of attention, in
+``measured_attention.json``.
 
 ``measured`` maps an architecture ("sm_90") to a precision ("bfloat16", "float16", "float32", "tf32") to rows with the
 columns named in the file: a problem, and the microseconds that a whole call took on each backend, from the one ``auto``
@@ -18,7 +21,7 @@ import torch
 
 from fastgru.backends.registry import Sizes
 
-PATH = Path(__file__).with_suffix(".json")
+PATH = Path(__file__).with_name("measured_gru.json")
 
 #: The backends of the last columns.
 BACKENDS = ("cuda", "triton", "cudnn")

@@ -1,7 +1,7 @@
-"""Launches the attention kernels of ``fastgru.kernels``. Triton is imported at the first call.
+"""Launches the attention kernels in Triton, which is imported at the first call.
 
 The statistics that forward saves for backward, float32 [2, B, Hq, Lq], mean the same here and in
-:mod:`fastgru.backends.gluon`, since ``auto`` may take the forward pass of one and the backward pass of the other:
+:mod:`fastgru.ops.attention.gluon`, since ``auto`` may take the forward pass of one and the backward pass of the other:
 
     m   the row's largest product q . k, where nothing but hiding is done to the scores and their scale is positive
         (:func:`in_products`); else its largest score s; 0 where it sees nothing
@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgru.backends.reference_attention import Attention, dropout_threshold, empty_like_layout, log_sum
+from fastgru.ops.attention.arguments import Attention, empty_like_layout
+from fastgru.ops.attention.reference import dropout_threshold, log_sum
 
 # Said outright, because Triton's defaults change from one release to the next.
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
@@ -155,7 +156,7 @@ class _Launch:
 
 
 def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward operator; see :mod:`fastgru.ops.attention_schema`."""
+    """The forward operator; see :mod:`fastgru.ops.attention.schema`."""
     a = Attention(*arguments)
     launch = _Launch(a)
     output = empty_like_layout(a.query, a.value.size(3))
@@ -209,7 +210,7 @@ def _join(a: Attention, out: Tensor, parts: Tensor, output: Tensor, lse: Tensor,
 def attention_backward(
     grad_output: Tensor | None, grad_lse: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backward operator; see :mod:`fastgru.ops.attention_schema`. A bias gradient takes memory for every score."""
+    """The backward operator; see :mod:`fastgru.ops.attention.schema`. A bias gradient takes memory for every score."""
     *inputs, output, statistics, need_bias_grad = arguments
     a = Attention(*inputs)
     launch = _Launch(a)

@@ -1,4 +1,4 @@
-"""One layer as a node of ONNX, for torch.onnx.export.
+"""Writes a layer as a node of ONNX, for torch.onnx.export.
 
 ONNX stores the gates in the order z, r, n, and its ``linear_before_reset=1`` is the GRU of torch.
 """

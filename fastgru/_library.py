@@ -1,4 +1,4 @@
-"""Loads the compiled library, softly: the package works without it, and keeps the reason why it is absent."""
+"""Loads the compiled library, or keeps the reason why it is absent: the package works without it."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ def _load_direct() -> tuple[Any, str | None]:
     return (None, reason) if reason is not None else (module, None)
 
 
-#: The module for calls that go without torch's dispatcher, and why it is absent (then every call is an operator's).
+#: The module for calls that go without torch's dispatcher, and why it is absent. See :mod:`fastgru.fast_path`.
 direct, direct_error = _load_direct()

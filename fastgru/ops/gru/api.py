@@ -1,4 +1,4 @@
-"""The functions behind the modules: a stack of GRU layers, and one GRU step, on the backend the registry picks."""
+"""Runs a stack of GRU layers, or one GRU step, on the backend that the registry picks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch.overrides import has_torch_function
 from fastgru import _torch_private
 from fastgru._torch_private import forward_mode, takes_per_sample_gradients
 from fastgru.backends import registry
-from fastgru.backends.reference import gru_differentiable
-from fastgru.ops.onnx import gru_node
-from fastgru.ops.schema import EAGER_FUNCTIONS, GRU_OPS, TrainFunction, call
+from fastgru.ops.gru.eager import EAGER_FUNCTIONS, TrainFunction
+from fastgru.ops.gru.onnx import gru_node
+from fastgru.ops.gru.reference import gru_differentiable
+from fastgru.ops.gru.schema import GRU_OPS
+from fastgru.ops.library import call
 
 # The names ATen prints, which nn.GRU's messages contain.
 _ATEN_NAMES = {
@@ -109,18 +111,14 @@ def gru(
     # What torch.jit.trace records has to be an operator, and the same one without gradients.
     records_gates = save_gates and torch.is_grad_enabled() and (compiling or not _torch_private.is_tracing())
     exporting_onnx = compiling and torch.onnx.is_in_onnx_export()
-    backend = registry.select(device, dtype)
-    if backend.wins is not None:
+    backend = registry.select("gru", device, dtype)
+    if registry.goes_by_problem("gru", backend):
         sizes = None
         if not compiling:
             steps = input.size(0) if batch_sizes is None else batch_sizes.size(0)
             training = torch.is_grad_enabled() and any(t.requires_grad for t in (input, hx, *weights))
             sizes = registry.Sizes(hx.size(2), hx.size(1), steps, directions, training, batch_sizes is not None)
-        backend = registry.fastest(device, dtype, sizes)
-    if backend.name not in GRU_OPS:
-        raise registry.BackendUnavailable(
-            f"backend {backend.name!r} has no GRU; backends that have it: {', '.join(GRU_OPS)}"
-        )
+        backend = registry.fastest("gru", device, dtype, sizes)
     ops = GRU_OPS[backend.name]
 
     states = []

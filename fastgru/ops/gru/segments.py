@@ -1,4 +1,4 @@
-"""Sequences of any lengths and with resets, as one batch of packed segments.
+"""Cuts sequences of any lengths, and with resets, into one batch of packed segments.
 
 A reset cuts a row of the batch in two: no state crosses it, in either direction. A row of length L with resets is then
 a few shorter sequences, its *segments*, and a padded or jagged batch is a batch of segments without padding. Laid out
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastgru import _torch_private
-from fastgru.ops.onnx import WHOLE_BATCHES_ONLY
-from fastgru.ops.schema import LIBRARY
+from fastgru.ops.gru.onnx import WHOLE_BATCHES_ONLY
+from fastgru.ops.library import LIBRARY
 
 
 class Segments(NamedTuple):

@@ -1,0 +1,1 @@
+"""The family ``additive``: softmax(weight . tanh(query + key)) value, Bahdanau's attention."""

@@ -1,0 +1,1 @@
+"""The family ``attention``: softmax(query key^T) value, exactly, in linear memory."""
