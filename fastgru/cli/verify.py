@@ -140,15 +140,16 @@ def check(count: int) -> int:
     found = Findings()
     for family in PROBLEMS:
         for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-            for backend in registry.backends("gru"):
+            for backend in registry.backends(family):
                 if "*" not in backend.devices and device not in backend.devices:
                     continue
                 for name, dtype in DTYPES.items():
                     reason = backend.why_not(device, dtype)
                     if reason is not None:
-                        # The same for every family.
-                        if family == next(iter(PROBLEMS)):
-                            found.skipped.append(f"{backend.name}, {name} on {device}: {reason}")
+                        line = f"{backend.name}, {name} on {device}: {reason}"
+                        # Mostly the same for every family.
+                        if line not in found.skipped:
+                            found.skipped.append(line)
                         continue
                     for isa in _machine.usable_isas() if backend.name == "cpu" else [None]:
                         with fastgru.use_backend(backend.name), instruction_set(isa):

@@ -1,8 +1,9 @@
 // Micro-kernel of attention's products: out = a b for strips of kStrip = 6 rows of `a` and groups of kAcross vectors of
 // `b`, with the accumulators in registers. Included after gemm/panel.inl.h and simd/reduce.inl.h.
 //
-// Unlike the 8 x 3 panels of panel.inl.h the output is an array with a row stride, `a` may be transposed, and b's rows may
-// be multiplied where they are in memory. Loop order of multiply(): groups of b, strips of a, chunks of kDepth of k.
+// Unlike the 8 x 3 panels of panel.inl.h the output is an array with a row stride, `a` may be transposed, and b's rows
+// may be multiplied where they are in memory. Loop order of multiply(): groups of b, strips of a, chunks of kDepth of
+// k.
 
 constexpr int kStrip = 6;  // rows of the micro-kernel
 // Vectors of the micro-kernel: 6 x 4 accumulators of 32 registers, 6 x 2 of 16.
