@@ -11,6 +11,9 @@ import torch
 import fastgru
 from fastgru import _library
 
+# torch.compile's stored graphs know nothing of a change to our fake kernels.
+os.environ.update(TORCHINDUCTOR_FX_GRAPH_CACHE="0", TORCHINDUCTOR_AUTOGRAD_CACHE="0")
+
 pytest_plugins = ["tests.compatibility"]
 
 # The workers of xdist share the cores; the tests of threading ask for more threads themselves.

@@ -73,7 +73,7 @@ def test_few_units_of_many_inputs(engine: str, inputs: int, packed: bool, bidire
 def test_few_units_in_the_geometric_mean(engine: str, sizes: tuple[int, int]) -> None:
     problem = GruProblem(T=33, B=9, I=sizes[0], H=sizes[1], packed=True)
     logs: dict[str, list[float]] = {}
-    for seed in range(24):
+    for seed in range(48):
         for comparison in parity(replace(problem, seed=seed), draws=1):
             if comparison.error and comparison.torch_error:
                 logs.setdefault(comparison.name, []).append(math.log(comparison.error / comparison.torch_error))
